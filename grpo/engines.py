@@ -1,0 +1,72 @@
+"""The Protocols between the driver and what it drives: what they can do, never how or where.
+
+Every Protocol has a real implementation (vLLM, model-backed or rule scorers, DeepSpeed) and a
+small one in this process, so that the same driver runs with and without a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from grpo.types import (
+    Group,
+    LoadReport,
+    Rollout,
+    SampleRequest,
+    Score,
+    Span,
+    StepReport,
+    TrainBatch,
+    TrainRow,
+    WeightRef,
+)
+
+
+class RolloutEngine(Protocol):
+    """Generates completions with the weights it loaded last."""
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
+        """One rollout per request, in order; may be called again before the last call ended."""
+        ...
+
+    async def load_weights(self, ref: WeightRef) -> LoadReport:
+        """Swap the weights; tokens sampled from now on carry the new version."""
+        ...
+
+
+class Scorer(Protocol):
+    """Judges whole answers, prefixes or steps of one group."""
+
+    async def score(self, group: Group, spans: Sequence[Span]) -> list[Score]:
+        """One score per span, in order."""
+        ...
+
+
+class PolicyLearner(Protocol):
+    """Holds the policy, its optimiser and the reference policy."""
+
+    async def train(self, batch: TrainBatch) -> StepReport:
+        """Apply every update of the batch."""
+        ...
+
+    async def log_probs(self, rows: Sequence[TrainRow]) -> list[list[float]]:
+        """[T] log-probabilities of each row's completion under the current policy."""
+        ...
+
+    async def publish(self, version: int) -> WeightRef:
+        """Make the current weights fetchable under this version."""
+        ...
+
+
+class Checkpointed(Protocol):
+    """A learner that can be stopped and continued."""
+
+    async def save(self, folder: Path) -> None:
+        """Write the training state and a `huggingface/` export below `folder`."""
+        ...
+
+    async def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote."""
+        ...

@@ -1,0 +1,54 @@
+"""What can go wrong at a boundary, in four kinds; the kind decides what the driver does.
+
+No class here defines __init__, so every instance survives pickling between actors.
+"""
+
+from __future__ import annotations
+
+
+class CoveyError(Exception):
+    """Everything that covey raises on purpose."""
+
+
+class UserError(CoveyError):
+    """The user's mistake: shown as one message without a traceback, exit status 2."""
+
+
+class Transient(CoveyError):
+    """The prompt is innocent: try again elsewhere, within a budget."""
+
+
+class WorkerLost(Transient):
+    """The actor or process that held the work is gone."""
+
+
+class DeadlineExceeded(Transient):
+    """A named wait took longer than it may."""
+
+
+class BadInput(CoveyError):
+    """It would fail anywhere: drop the group with this reason."""
+
+
+class PromptTooLong(BadInput):
+    """The prompt does not leave room for an answer."""
+
+
+class Unscorable(BadInput):
+    """A scorer could not judge a rollout: it raised, or returned no usable number."""
+
+
+class Fatal(CoveyError):
+    """A bug or a lost learner: end the run with this cause in plain words."""
+
+
+class NonFinite(Fatal):
+    """A loss or gradient that is no number; raised before the optimiser moves."""
+
+
+class WeightMismatch(Fatal):
+    """Rollout engine and learner do not hold the same policy."""
+
+
+class Stalled(Fatal):
+    """Nothing moves any more, and who waits on whom is in the message."""

@@ -1,0 +1,70 @@
+"""The driver's half of an algorithm: a frozen record of pure functions over groups.
+
+Each point holds `functools.partial` objects (or plain functions), so that a pipeline can be
+printed: the function's name and its settings are all there is to it. Refuses to know who calls
+it, when, and on which machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from grpo.types import (
+    Bool,
+    Dropped,
+    Float64,
+    Group,
+    Rollout,
+    RolloutPlan,
+    Span,
+    StepReport,
+)
+
+# The algorithm's own memory (guidance length, prompt history, ...): a frozen record or None.
+State = object | None
+
+PerToken = list[Float64]  # one [T] array per rollout of a group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RewardedGroup:
+    """A group with its rewards: one column per reward term, NaN where a term does not apply."""
+
+    group: Group
+    components: Float64  # [G, K]
+
+    @property
+    def rewards(self) -> Float64:
+        """[G] sum of the terms that apply; NaN where none does."""
+        total = np.nansum(self.components, axis=1)
+        return np.where(np.isnan(self.components).all(axis=1), np.nan, total)
+
+
+Plan = Callable[[Group, State], tuple[RolloutPlan, ...]]
+Spans = Callable[[str, Rollout], tuple[Span, ...]]  # (scorer, rollout) -> what it has to judge
+Select = Callable[[Group, State], Group | Dropped]
+Reward = Callable[[Group, State], Float64]  # [G], NaN: does not apply
+Advantage = Callable[[Sequence[RewardedGroup], State], list[PerToken]]
+TrainedMask = Callable[[Group, State], list[Bool]]  # which tokens count, in numerator and mean
+TokenWeight = Callable[[Group, State], PerToken]  # scales the policy term, not the mean
+Aggregation = Callable[[Sequence[list[Bool]]], list[PerToken]]  # masks of an update -> coefficients
+Adapt = Callable[[State, Sequence[RewardedGroup], StepReport], State]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """From a prompt to the numbers that the learner sums; `docs/algorithms.md` has one row each."""
+
+    plan: Plan
+    spans: Spans
+    select: tuple[Select, ...]  # in order; the first Dropped ends the group
+    rewards: tuple[Reward, ...]  # the K terms
+    advantage: Advantage
+    trained: tuple[TrainedMask, ...]  # a token is trained if every mask says so
+    token_weight: tuple[TokenWeight, ...]  # multiplied together
+    aggregation: Aggregation
+    adapt: Adapt
+    initial_state: State = None
