@@ -30,7 +30,9 @@ class LossInputs:
 
     log_probs: Tensor  # [N] current policy, with gradient
     proximal_log_probs: Tensor  # [N] policy at the start of the step, no gradient
-    behaviour_log_probs: Tensor  # [N] policy that sampled, as the engine reported it
+    # [N] policy that sampled, as the engine reported it; the proximal one on guidance tokens,
+    # which nobody sampled: their importance weight is 1.
+    behaviour_log_probs: Tensor
     reference_log_probs: Tensor | None  # [N]
     entropy: Tensor | None  # [N]
     advantages: Tensor  # [N]

@@ -1,4 +1,4 @@
-"""The vocabulary of covey: the records that pass between driver, rollout workers, scorers and learner.
+"""The vocabulary of covey: the records between driver, rollout workers, scorers and learner.
 
 Knows nothing of Ray, vLLM, DeepSpeed or of any algorithm. Legend of shapes: T tokens of one
 completion, L tokens of one context, G rollouts in a group, P groups in a step.
@@ -79,9 +79,9 @@ class SampleRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rollout:
-    """One completion. The four [T] streams run in parallel and include an end-of-sequence token."""
+    """One completion. Its [T] streams run in parallel and include an end-of-sequence token."""
 
-    index: int
+    index: int  # its place in `Group.rollouts`; a selection of rollouts numbers them anew
     context: Int32  # [L] what the policy was conditioned on
     tokens: Int32  # [T]
     log_probs: Float32  # [T] under the policy that sampled it; 0 on guidance

@@ -1,0 +1,41 @@
+"""How per-token losses become one number: a coefficient per token of one optimiser update.
+
+Every mean here is linear in the per-token loss, so its coefficients can be computed once, from
+the masks of the whole update, and the learner only sums. Untrained tokens get 0.
+Shapes: T tokens; B rows (rollouts) in the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grpo.pipeline import PerToken
+from grpo.types import Bool
+
+
+def token_mean(masks: Sequence[list[Bool]]) -> list[PerToken]:
+    """Mean over the trained tokens of the update: long answers weigh more (DAPO).
+
+    A row without a trained token adds nothing to the denominator. Lengths 1 and 3: 1/4 each.
+    """
+    num_trained = sum(int(mask.sum()) for group in masks for mask in group)
+    return [[mask / max(num_trained, 1) for mask in group] for group in masks]
+
+
+def sequence_mean(masks: Sequence[list[Bool]]) -> list[PerToken]:
+    """Mean over rows of the mean over a row's trained tokens: every answer weighs 1/B (GRPO).
+
+    A row without a trained token stays in B, as in TRL (verl leaves it out), so masking a row
+    does not make the others weigh more. Lengths 1 and 3: 1/2 and 1/6 per token.
+    """
+    num_rows = sum(len(group) for group in masks)
+    return [[mask / (num_rows * max(int(mask.sum()), 1)) for mask in group] for group in masks]
+
+
+def fixed_length(masks: Sequence[list[Bool]], *, max_tokens: int) -> list[PerToken]:
+    """Sum over trained tokens over B * max_tokens: no answer's length in its weight (Dr. GRPO).
+
+    A row without a trained token stays in B. Lengths 1 and 3, max_tokens 4: 1/8 each.
+    """
+    num_rows = sum(len(group) for group in masks)
+    return [[mask / (num_rows * max_tokens) for mask in group] for group in masks]

@@ -1,0 +1,61 @@
+"""An algorithm in words: at each point the function that stands there and its settings.
+
+Refuses to know the screen; everything is read from the two records and the docstrings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+
+from grpo.objective import Objective, Penalty
+from grpo.pipeline import Pipeline
+
+
+def described(pipeline: Pipeline, objective: Objective) -> list[tuple[str, list[str]]]:
+    """For each point, in the order of execution, one line per function that stands there."""
+    described_points = []
+    for record in (pipeline, objective):
+        for field in fields(record):
+            value = getattr(record, field.name)
+            if field.name != "initial_state":
+                described_points.append((field.name, _lines(value)))
+    if pipeline.initial_state is not None:
+        described_points.append(("initial_state", [repr(pipeline.initial_state)]))
+    return described_points
+
+
+def call_text(fn: Callable[..., object]) -> str:
+    """The function as one would call it: `clipped(low=0.2, high=0.28)`; None is left out."""
+    if not isinstance(fn, partial):
+        return fn.__name__
+    settings = (
+        f"{name}={_value(value)}" for name, value in fn.keywords.items() if value is not None
+    )
+    return f"{call_text(fn.func)}({', '.join(settings)})"
+
+
+def purpose(fn: Callable[..., object]) -> str:
+    """The first line of the function's docstring."""
+    inner = fn
+    while isinstance(inner, partial):
+        inner = inner.func
+    return (inner.__doc__ or "").strip().partition("\n")[0]
+
+
+def _lines(value: object) -> list[str]:
+    if isinstance(value, tuple):
+        return [line for item in value for line in _lines(item)]
+    if isinstance(value, frozenset):
+        return sorted(value)
+    if isinstance(value, Penalty):
+        return [f"{value.coefficient:g} * {call_text(value.fn)}: {purpose(value.fn)}"]
+    assert callable(value), f"a point of an algorithm holds functions, found {value!r}"
+    return [f"{call_text(value)}: {purpose(value)}"]
+
+
+def _value(value: object) -> str:
+    if callable(value):
+        return call_text(value)
+    return f"{value:g}" if isinstance(value, float) else repr(value)
