@@ -1,9 +1,11 @@
-"""The one place with shared mutable state: which groups live, which are ready, which slots are free.
+"""The one place with shared mutable state: which groups live, which are ready,
+which slots are free.
 
 It is the queue, the back-pressure and the staleness control in one. A group holds its slot from
 admission until the engines have loaded weights trained on it; a dropped group frees it at once.
-With P groups a step, staleness bound S and window W there are (S + 1) * P slots, and the age of a
-group when it is trained on is at most (slots + W - 2) // P: S for W = 1. Refuses to know what a
+With P groups a step, staleness bound S and window W there are (S + 1) * P slots. A group can be
+overtaken by W - 1 younger ones, so its age when it is trained on is at most
+(slots + W - 2) // P: S for W = 1. Refuses to know what a
 group contains.
 """
 
@@ -23,14 +25,23 @@ class Closed(Exception):
 class GroupBuffer(Generic[T]):
     """Admission slots and finished groups, in admission order."""
 
-    def __init__(self, *, slots: int, window: int, limit: int, pending: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        slots: int,
+        window: int,
+        limit: int,
+        next_group: int = 0,
+        pending: Iterable[int] = (),
+    ) -> None:
         """`limit`: groups to hand out in all. `pending`: ids of an earlier run to admit first."""
         self._free = slots
         self._window = window
         self._limit = limit
         self._pending = list(pending)
-        self._next_id = max(self._pending, default=-1) + 1
+        self._next_id = next_group
         self._live: dict[int, T | None] = {}  # admitted, not taken; None: not finished yet
+        self._overtaken: dict[int, int] = {}  # live group -> younger groups taken before it
         self._taken = 0
         self._closed = False
         self._changed = asyncio.Condition()
@@ -42,10 +53,14 @@ class GroupBuffer(Generic[T]):
             if self._closed:
                 raise Closed
             self._free -= 1
-            group = self._pending.pop(0) if self._pending else self._next_id
-            self._next_id = max(self._next_id, group + 1)
+            group = self._pending.pop(0) if self._pending else self._new_id()
             self._live[group] = None
+            self._overtaken[group] = 0
             return group
+
+    def _new_id(self) -> int:
+        self._next_id += 1
+        return self._next_id - 1
 
     def _may_admit(self) -> bool:
         return self._free > 0 and self._taken + len(self._live) < self._limit
@@ -60,7 +75,7 @@ class GroupBuffer(Generic[T]):
     async def drop(self, group: int) -> None:
         """The group will not be trained on: its slot is free at once."""
         async with self._changed:
-            del self._live[group]
+            del self._live[group], self._overtaken[group]
             self._free += 1
             self._changed.notify_all()
 
@@ -68,18 +83,38 @@ class GroupBuffer(Generic[T]):
         """Wait for `count` finished groups, in admission order within the window."""
         async with self._changed:
             await self._changed.wait_for(
-                lambda: self._closed or len(self._takeable(count)) >= count
+                lambda: self._closed or len(self._takeable(count)) == count
             )
             if self._closed:
                 raise Closed
-            chosen = self._takeable(count)[:count]
+            chosen = self._takeable(count)
             self._taken += count
-            return [value for group in chosen if (value := self._live.pop(group)) is not None]
+            for group in self._live:
+                self._overtaken[group] += sum(other > group for other in chosen)
+            taken = [value for group in chosen if (value := self._live.pop(group)) is not None]
+            self._overtaken = {group: self._overtaken[group] for group in self._live}
+            return taken
 
     def _takeable(self, count: int) -> list[int]:
-        """Finished groups among the oldest `count + window - 1` that are alive."""
-        oldest = list(self._live)[: count + self._window - 1]
-        return [group for group in oldest if self._live[group] is not None]
+        """The first `count` finished groups that no waiting older group forbids to pass.
+
+        A group may be overtaken by window - 1 younger ones in its life. Without that bound a
+        straggler could be passed for ever, and would be stale beyond the promise when it ends.
+        """
+        chosen: list[int] = []
+        may_pass = 0
+        waiting = False  # an unfinished older group has been seen
+        for group, value in self._live.items():
+            if len(chosen) == count or (waiting and may_pass == 0):
+                break
+            if value is None:
+                left = self._window - 1 - self._overtaken[group]
+                may_pass = min(may_pass, left) if waiting else left
+                waiting = True
+            else:
+                chosen.append(group)
+                may_pass -= waiting
+        return chosen
 
     async def release(self, count: int) -> None:
         """The engines hold weights trained on `count` groups: as many new ones may be born."""

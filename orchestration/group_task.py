@@ -136,9 +136,7 @@ def _failed_score(common: GroupRecipe, group: Group) -> Dropped | None:
         where = f"scorer {score.scorer!r}, rollout {score.span.rollout}: {score.failure}"
         if common.scorers[score.scorer].stop_on_failure:
             raise Fatal(f"a score failed and on_failure is 'stop'; {where}")
-        return Dropped(
-            group=group.id, prompt=group.prompt.id, reason="failed_score", detail=where
-        )
+        return Dropped(group=group.id, prompt=group.prompt.id, reason="failed_score", detail=where)
     return None
 
 

@@ -24,9 +24,7 @@ class SyncReport:
     timings_s: dict[str, float]
 
 
-async def sync_weights(
-    learner: PolicyLearner, engine: RolloutEngine, version: int
-) -> SyncReport:
+async def sync_weights(learner: PolicyLearner, engine: RolloutEngine, version: int) -> SyncReport:
     """Publish the learner's weights as `version` and load them in the engine."""
     started = time.monotonic()
     ref = await learner.publish(version)

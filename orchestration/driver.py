@@ -1,0 +1,298 @@
+"""The driver: schedules groups, training steps and weight sync. Three loops under one TaskGroup.
+
+admit  consumes prompts; waits for a free slot in the buffer; unblocked by a released or dropped
+       group. Starts one task per group, which ends in the buffer or is dropped.
+train  consumes P finished groups; waits for `buffer.take`; unblocked by finishing groups. Builds
+       the batch, lets the learner step, brings the weights to the engines, releases P slots.
+stop   waits for a request to stop; wakes the other two, so that a checkpoint can be written.
+
+Synchronous training is the staleness bound 0: then P slots exist, and no group is born before the
+engines hold the newest weights. Refuses to know Ray, models, files and the name of the algorithm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from grpo.batch import BuiltBatch, build_batch
+from grpo.engines import PolicyLearner
+from grpo.errors import DeadlineExceeded, Fatal, Stalled, WeightMismatch
+from grpo.pipeline import State
+from grpo.types import Prompt, SampleRequest, StepReport
+from orchestration.alarms import DropAlarm, refuse_stale, staleness
+from orchestration.buffer import Closed, GroupBuffer
+from orchestration.group_task import (
+    DroppedGroup,
+    FinishedGroup,
+    GroupRecipe,
+    rollout_seed,
+    run_group,
+)
+from orchestration.waits import Waits
+from orchestration.weight_sync import log_prob_gap, sync_weights
+
+PROBE_GROUP = -1  # group id of the rollouts that only check the weight sync
+DROP_HISTORY_STEPS = 8  # the alarm looks at the groups of about this many steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How much of what, and when to give up."""
+
+    steps: int
+    groups_per_step: int  # P
+    updates_per_step: int
+    max_staleness: int  # S
+    window: int  # W
+    checkpoint_every: int  # 0: only at the end
+    evaluate_every: int  # 0: not during training
+    max_log_prob_gap: float
+    max_dropped_rate: float
+    take_deadline_s: float
+    train_deadline_s: float
+    sync_deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Progress:
+    """Where a run stands between two steps: all that a checkpoint needs of the driver."""
+
+    step: int = 0
+    version: int = 0
+    next_group: int = 0
+    pending: tuple[int, ...] = ()  # admitted before, not trained on: to be sampled again
+    algorithm_state: State = None
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainedStep:
+    """Everything a step leaves behind for those who write it down."""
+
+    step: int
+    version: int  # the weights it was trained from
+    groups: Sequence[FinishedGroup]
+    built: BuiltBatch
+    metrics: Mapping[str, float]
+
+
+class Journal(Protocol):
+    """Who writes down what happens; never decides anything."""
+
+    def trained(self, step: TrainedStep) -> None: ...
+
+    def dropped(self, group: DroppedGroup) -> None: ...
+
+
+class Driver:
+    """Runs the loops from `progress` to the end of the schedule, or to a requested stop."""
+
+    def __init__(
+        self,
+        *,
+        schedule: Schedule,
+        common: GroupRecipe,
+        learner: PolicyLearner,
+        prompt_at: Callable[[int], Prompt],
+        journal: Journal,
+        waits: Waits,
+        progress: Progress,
+        evaluate: Callable[[int], Awaitable[None]],
+        checkpoint: Callable[[Progress], Awaitable[None]],
+    ) -> None:
+        """`prompt_at` is a pure function of the group id, so a resumed run sees the same data."""
+        self.progress = progress
+        self._schedule = schedule
+        self._common = common
+        self._learner = learner
+        self._prompt_at = prompt_at
+        self._journal = journal
+        self._waits = waits
+        self._evaluate = evaluate
+        self._checkpoint = checkpoint
+        self._stop = asyncio.Event()
+        self._drops = DropAlarm(
+            history=DROP_HISTORY_STEPS * schedule.groups_per_step,
+            max_rate=schedule.max_dropped_rate,
+        )
+        self._buffer: GroupBuffer[FinishedGroup] = GroupBuffer(
+            slots=(schedule.max_staleness + 1) * schedule.groups_per_step,
+            window=schedule.window,
+            limit=(schedule.steps - progress.step) * schedule.groups_per_step,
+            next_group=progress.next_group,
+            pending=progress.pending,
+        )
+
+    def request_stop(self) -> None:
+        """Finish the step in progress and return; what is unfinished will be sampled again."""
+        self._stop.set()
+
+    async def run(self) -> bool:
+        """Train; True if the schedule is complete, False if a stop was requested before."""
+        complete = False
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._admit(tasks), name="admit")
+                tasks.create_task(self._close_on_stop(), name="stop")
+                complete = await self._train()
+                raise _Finished  # ends the other loops and the groups nobody will take
+        except* _Finished:
+            pass
+        return complete
+
+    async def _close_on_stop(self) -> None:
+        await self._stop.wait()
+        await self._buffer.close()
+
+    async def _admit(self, tasks: asyncio.TaskGroup) -> None:
+        while True:
+            try:
+                group = await self._buffer.admit()
+            except Closed:
+                return
+            tasks.create_task(self._run_group(group), name=f"group {group}")
+
+    async def _run_group(self, group_id: int) -> None:
+        prompt = self._prompt_at(group_id)
+        outcome = await run_group(self._common, group_id, prompt, self.progress.algorithm_state)
+        if isinstance(outcome, FinishedGroup):
+            self._drops.finished()
+            await self._buffer.finish(group_id, outcome)
+            return
+        self._journal.dropped(outcome)
+        self._drops.dropped(outcome)
+        await self._buffer.drop(group_id)
+
+    async def _train(self) -> bool:
+        schedule = self._schedule
+        for step in range(self.progress.step + 1, schedule.steps + 1):
+            try:
+                started = time.monotonic()
+                groups = await self._take()
+            except Closed:
+                await self._checkpoint(self.progress)
+                return False
+            await self._step(step, groups, started)
+            at_end = step == schedule.steps
+            if _due(step, schedule.evaluate_every) and not at_end:
+                await self._evaluate(step)
+            if _due(step, schedule.checkpoint_every) or at_end:
+                await self._checkpoint(self.progress)
+        return True
+
+    async def _take(self) -> list[FinishedGroup]:
+        count = self._schedule.groups_per_step
+        try:
+            return await self._waits.within(
+                self._schedule.take_deadline_s,
+                f"training: waiting for {count} finished groups",
+                self._buffer.take(count),
+            )
+        except DeadlineExceeded as error:
+            groups = ", ".join(map(str, self._buffer.in_progress)) or "none"
+            raise Stalled(f"{error}\n  groups in progress: {groups}") from error
+
+    async def _step(self, step: int, groups: list[FinishedGroup], started: float) -> None:
+        """Steps 8 to 12 in the life of a group."""
+        timings = {"wait_for_groups": time.monotonic() - started}
+        built, report = await self._learn(step, groups, timings)
+        state = self._common.pipeline.adapt(self.progress.algorithm_state, built.rewarded, report)
+        version = self.progress.version + 1
+        sync = await self._waits.within(
+            self._schedule.sync_deadline_s,
+            f"weight sync of version {version}",
+            sync_weights(self._learner, self._common.engine, version),
+        )
+        timings |= {f"sync/{phase}": seconds for phase, seconds in sync.timings_s.items()}
+        timings |= {f"learner/{phase}": seconds for phase, seconds in report.timings_s.items()}
+        gap = await self._checked_gap(step, version, report)
+        trained_from = self.progress.version
+        num_tokens = sum(r.num_tokens for done in groups for r in done.group.rollouts)
+        await self._buffer.release(len(groups))
+        self.progress = Progress(
+            step=step,
+            version=version,
+            next_group=self._buffer.next_group,
+            pending=tuple(self._buffer.unfinished),
+            algorithm_state=state,
+            num_tokens=self.progress.num_tokens + num_tokens,
+        )
+        timings["step"] = time.monotonic() - started
+        metrics = {**built.metrics, **report.metrics, **staleness(groups, trained_from)}
+        metrics |= {f"timing_s/{phase}": seconds for phase, seconds in timings.items()}
+        metrics["perf/throughput"] = num_tokens / timings["step"]
+        metrics["log_prob_gap"] = gap
+        self._journal.trained(
+            TrainedStep(
+                step=step, version=trained_from, groups=groups, built=built, metrics=metrics
+            )
+        )
+
+    async def _learn(
+        self, step: int, groups: list[FinishedGroup], timings: dict[str, float]
+    ) -> tuple[BuiltBatch, StepReport]:
+        started = time.monotonic()
+        refuse_stale(groups, self.progress.version, self._schedule.max_staleness)
+        built = build_batch(
+            self._common.pipeline,
+            [done.group for done in groups],
+            self.progress.algorithm_state,
+            step=step,
+            version=self.progress.version,
+            num_updates=self._schedule.updates_per_step,
+        )
+        timings["build_batch"] = time.monotonic() - started
+        started = time.monotonic()
+        report = await self._waits.within(
+            self._schedule.train_deadline_s,
+            f"learner: step {step}",
+            self._learner.train(built.batch),
+        )
+        timings["train"] = time.monotonic() - started
+        return built, report
+
+    async def _checked_gap(self, step: int, version: int, report: StepReport) -> float:
+        """Largest difference between the engine's and the learner's log-probabilities.
+
+        The learner compares every token of the step that its own version sampled. Where the
+        step has none, because all of it is older, a short fresh rollout is compared instead.
+        """
+        gap = report.metrics["log_prob_gap/max"]
+        if report.metrics["log_prob_gap/num_tokens"] == 0:
+            gap = await self._waits.within(
+                self._schedule.sync_deadline_s,
+                f"check of version {version} with a fresh rollout",
+                log_prob_gap(self._learner, self._common.engine, [self._probe(step)]),
+            )
+        if gap > self._schedule.max_log_prob_gap:
+            raise WeightMismatch(
+                f"step {step}: rollout engine and learner differ by {gap:.2e} in a token's "
+                f"log-probability; alarms.log_prob_gap allows "
+                f"{self._schedule.max_log_prob_gap:g}. In float32 this means that the engine "
+                "does not hold the learner's weights; in bfloat16 raise the alarm to about 0.3"
+            )
+        return gap
+
+    def _probe(self, step: int) -> SampleRequest:
+        return SampleRequest(
+            group=PROBE_GROUP,
+            index=0,
+            context=self._prompt_at(step).tokens,
+            guidance=np.zeros(0, np.int32),
+            sampling=self._common.sampling,
+            seed=rollout_seed(self._common.run_seed, PROBE_GROUP, step, 0),
+        )
+
+
+class _Finished(Exception):
+    """The training loop has returned."""
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

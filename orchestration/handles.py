@@ -1,0 +1,259 @@
+"""The roles of a run as Ray actors: the one file that wraps plain classes and translates failures.
+
+No actor calls another; only the driver calls, through these handles. Batches and weights travel
+by object reference. Refuses to know algorithms and schedules.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.actor import ActorHandle
+
+from grpo.engines import RolloutEngine, Scorer
+from grpo.errors import CoveyError, Fatal, Transient, UserError, WorkerLost
+from grpo.types import (
+    Group,
+    LoadReport,
+    Rollout,
+    SampleRequest,
+    Score,
+    Span,
+    StepReport,
+    TrainBatch,
+    TrainRow,
+    WeightBundle,
+    WeightRef,
+)
+from learner.rank import LearnerRank
+from orchestration.config import Recipe
+from orchestration.placement import shortage, total
+from reward_services.config import ScorerConfig
+from reward_services.service import ScorerService
+from rollout_workers.worker import RolloutWorker
+
+# Groups that may wait in one worker at a time; the engine batches them itself.
+MAX_CONCURRENT_CALLS = 10_000
+
+
+def connect(recipe: Recipe) -> bool:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine; True if it was started."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level="warning")
+    else:
+        cpus, _ = total(recipe)
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, int(cpus + 0.999)),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+        )
+    problem = shortage(recipe, ray.cluster_resources())
+    if problem:
+        ray.shutdown()
+        raise UserError(problem)
+    return not address
+
+
+def disconnect() -> None:
+    """Leave the cluster; ends it if `connect` started it."""
+    ray.shutdown()
+
+
+async def _answer(reference: Any) -> Any:
+    """The result of an actor call; failures come out as the kinds of grpo.errors."""
+    try:
+        return await reference
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, CoveyError):
+            raise cause from None
+        raise Fatal(f"an actor raised {type(cause).__name__}: {cause}\n{error}") from error
+    except ray.exceptions.RayActorError as error:
+        raise WorkerLost(f"the actor died: {error}") from error
+    except ray.exceptions.RayError as error:
+        raise WorkerLost(f"the cluster failed: {error}") from error
+
+
+class RayRolloutWorker:
+    """A rollout worker on some node, as a RolloutEngine."""
+
+    def __init__(self, actor: ActorHandle[Any]) -> None:
+        self.actor = actor
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
+        result: list[Rollout] = await _answer(self.actor.sample.remote(list(requests)))
+        return result
+
+    async def load_weights(self, ref: WeightRef) -> LoadReport:
+        result: LoadReport = await _answer(self.actor.load_weights.remote(ref.location))
+        return result
+
+
+class RayRolloutSpawner:
+    """Makes rollout workers as actors, each with the environment that its engine wants."""
+
+    def __init__(
+        self, recipe: Recipe, model: str, max_model_len: int, environment: Mapping[str, str]
+    ) -> None:
+        self._arguments = (model, recipe.rollout, max_model_len)
+        self._actor_class = ray.remote(RolloutWorker).options(
+            num_cpus=recipe.rollout.cpus_per_worker,
+            num_gpus=recipe.rollout.gpus_per_worker,
+            max_concurrency=MAX_CONCURRENT_CALLS,
+            runtime_env={"env_vars": dict(environment)},
+        )
+
+    async def spawn(self, place: int) -> RolloutEngine:
+        actor = self._actor_class.remote(*self._arguments)
+        await _answer(actor.start.remote())
+        return RayRolloutWorker(actor)
+
+    async def discard(self, worker: RolloutEngine) -> None:
+        assert isinstance(worker, RayRolloutWorker)
+        ray.kill(worker.actor)
+
+
+class RayScorer:
+    """A scorer service on some node, as a Scorer."""
+
+    def __init__(self, actor: ActorHandle[Any]) -> None:
+        self.actor = actor
+
+    async def score(self, group: Group, spans: Sequence[Span]) -> list[Score]:
+        result: list[Score] = await _answer(self.actor.score.remote(group, list(spans)))
+        return result
+
+
+class RayScorerSpawner:
+    """Makes the actors of one scorer."""
+
+    def __init__(self, config: ScorerConfig) -> None:
+        self._config = config
+        self._actor_class = ray.remote(ScorerService).options(
+            num_cpus=config.cpus_per_actor, max_concurrency=MAX_CONCURRENT_CALLS
+        )
+
+    async def spawn(self, place: int) -> Scorer:
+        actor = self._actor_class.remote(self._config)
+        await _answer(actor.start.remote())
+        return RayScorer(actor)
+
+    async def discard(self, worker: Scorer) -> None:
+        assert isinstance(worker, RayScorer)
+        ray.kill(worker.actor)
+
+
+class LearnerActor:
+    """One learner rank as an actor: knows its node before it joins the others."""
+
+    def __init__(self) -> None:
+        self._rank: LearnerRank | None = None
+
+    def free_address(self) -> str:
+        """host:port on this node where the ranks can meet."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def start(self, arguments: Mapping[str, Any]) -> None:
+        self._rank = LearnerRank(**arguments)
+        self._rank.start()
+
+    @property
+    def rank(self) -> LearnerRank:
+        assert self._rank is not None, "start() comes first"
+        return self._rank
+
+    def train(self, batch: TrainBatch) -> StepReport:
+        return self.rank.train(batch)
+
+    def log_probs(self, rows: Sequence[TrainRow]) -> list[list[float]]:
+        return self.rank.log_probs(rows)
+
+    @ray.method(num_returns=2)
+    def publish(self, version: int) -> tuple[tuple[int, int] | None, WeightBundle | None]:
+        """(size and checksum, the bundle): two results, so that the driver fetches the first."""
+        bundle = self.rank.publish(version)
+        if bundle is None:
+            return None, None
+        return (bundle.payload.nbytes, bundle.checksum), bundle
+
+    def save(self, folder: str) -> None:
+        self.rank.save(folder)
+
+    def load(self, folder: str) -> None:
+        self.rank.load(folder)
+
+    def close(self) -> None:
+        self.rank.close()
+
+
+class RayLearner:
+    """All ranks together, as one PolicyLearner: every call goes to every rank."""
+
+    def __init__(self, recipe: Recipe, environment: Mapping[str, str]) -> None:
+        actor_class = ray.remote(LearnerActor).options(
+            num_cpus=recipe.learner.cpus_per_rank,
+            num_gpus=recipe.learner.gpus_per_rank,
+            runtime_env={"env_vars": dict(environment)},
+        )
+        self._ranks = [actor_class.remote() for _ in range(recipe.learner.ranks)]
+
+    async def start(self, arguments: Mapping[str, Any]) -> None:
+        """`arguments` of LearnerRank but for its place among the ranks."""
+        master = await _answer(self._ranks[0].free_address.remote())
+        world_size = len(self._ranks)
+        places = [{"rank": rank, "world_size": world_size} for rank in range(world_size)]
+        calls = [
+            rank.start.remote({**arguments, **place, "master": master})
+            for rank, place in zip(self._ranks, places, strict=True)
+        ]
+        await self._all(calls)
+
+    async def train(self, batch: TrainBatch) -> StepReport:
+        reference = ray.put(batch)
+        reports = await self._all([rank.train.remote(reference) for rank in self._ranks])
+        report: StepReport = reports[0]
+        return report
+
+    async def log_probs(self, rows: Sequence[TrainRow]) -> list[list[float]]:
+        reference = ray.put(list(rows))
+        values = await self._all([rank.log_probs.remote(reference) for rank in self._ranks])
+        result: list[list[float]] = values[0]
+        return result
+
+    async def publish(self, version: int) -> WeightRef:
+        parts = [rank.publish.remote(version) for rank in self._ranks]
+        described = await self._all([description for description, _ in parts])
+        num_bytes, checksum = described[0]
+        return WeightRef(
+            version=version, num_bytes=num_bytes, checksum=checksum, location=parts[0][1]
+        )
+
+    async def save(self, folder: Path) -> None:
+        await self._all([rank.save.remote(str(folder)) for rank in self._ranks])
+
+    async def load(self, folder: Path) -> None:
+        await self._all([rank.load.remote(str(folder)) for rank in self._ranks])
+
+    async def close(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank)
+
+    async def _all(self, calls: Sequence[Any]) -> list[Any]:
+        """Every rank's result; the first failure ends the wait for the others."""
+        try:
+            return list(await asyncio.gather(*[_answer(call) for call in calls]))
+        except Transient as error:
+            raise Fatal(
+                f"the learner is lost: {error}\nresume the run from its last checkpoint"
+            ) from error

@@ -1,0 +1,111 @@
+"""The roles of a run as plain objects in this process: no cluster, no actor, the same driver."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar, cast
+
+from grpo.engines import RolloutEngine, Scorer
+from grpo.types import (
+    LoadReport,
+    Rollout,
+    SampleRequest,
+    StepReport,
+    TrainBatch,
+    TrainRow,
+    WeightBundle,
+    WeightRef,
+)
+from learner.rank import LearnerRank
+from reward_services.config import ScorerConfig
+from reward_services.service import ScorerService
+from rollout_workers.worker import RolloutWorker
+
+T = TypeVar("T")
+
+
+class LocalRolloutWorker:
+    """A rollout worker in this process, as a RolloutEngine."""
+
+    def __init__(self, worker: RolloutWorker) -> None:
+        self.worker = worker
+
+    async def sample(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
+        return await self.worker.sample(requests)
+
+    async def load_weights(self, ref: WeightRef) -> LoadReport:
+        return await self.worker.load_weights(cast(WeightBundle, ref.location))
+
+
+class LocalRolloutSpawner:
+    """Makes rollout workers in this process."""
+
+    def __init__(self, make: Callable[[], RolloutWorker]) -> None:
+        self._make = make
+
+    async def spawn(self, place: int) -> RolloutEngine:
+        worker = self._make()
+        await worker.start()
+        return LocalRolloutWorker(worker)
+
+    async def discard(self, worker: RolloutEngine) -> None:
+        assert isinstance(worker, LocalRolloutWorker)
+        await worker.worker.close()
+
+
+class LocalScorerSpawner:
+    """Makes scorer services in this process."""
+
+    def __init__(self, config: ScorerConfig) -> None:
+        self._config = config
+
+    async def spawn(self, place: int) -> Scorer:
+        service = ScorerService(self._config)
+        await service.start()
+        return service
+
+    async def discard(self, worker: Scorer) -> None:
+        assert isinstance(worker, ScorerService)
+        await worker.close()
+
+
+class LocalLearner:
+    """One learner rank in this process; its blocking work runs in a thread of its own."""
+
+    def __init__(self, rank: LearnerRank) -> None:
+        self._rank = rank
+        self._busy = asyncio.Lock()  # the rank is no more thread-safe than an actor is
+
+    async def start(self) -> None:
+        await self._call(self._rank.start)
+
+    async def train(self, batch: TrainBatch) -> StepReport:
+        return await self._call(lambda: self._rank.train(batch))
+
+    async def log_probs(self, rows: Sequence[TrainRow]) -> list[list[float]]:
+        return await self._call(lambda: self._rank.log_probs(rows))
+
+    async def publish(self, version: int) -> WeightRef:
+        bundle = await self._call(lambda: self._rank.publish(version))
+        assert bundle is not None, "rank 0 holds the bundle"
+        return WeightRef(
+            version=version,
+            num_bytes=bundle.payload.nbytes,
+            checksum=bundle.checksum,
+            location=bundle,
+        )
+
+    async def save(self, folder: Path) -> None:
+        await self._call(lambda: self._rank.save(str(folder)))
+
+    async def load(self, folder: Path) -> None:
+        await self._call(lambda: self._rank.load(str(folder)))
+
+    async def close(self) -> None:
+        await self._call(self._rank.close)
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        async with self._busy:
+            return await asyncio.to_thread(work)
