@@ -258,12 +258,12 @@ class Driver:
         return built, report
 
     async def _checked_gap(self, step: int, version: int, report: StepReport) -> float:
-        """Largest difference between the engine's and the learner's log-probabilities.
+        """Mean difference between the engine's and the learner's log-probabilities.
 
         The learner compares every token of the step that its own version sampled. Where the
         step has none, because all of it is older, a short fresh rollout is compared instead.
         """
-        gap = report.metrics["log_prob_gap/max"]
+        gap = report.metrics["log_prob_gap/mean"]
         if report.metrics["log_prob_gap/num_tokens"] == 0:
             gap = await self._waits.within(
                 self._schedule.sync_deadline_s,
@@ -272,10 +272,10 @@ class Driver:
             )
         if gap > self._schedule.max_log_prob_gap:
             raise WeightMismatch(
-                f"step {step}: rollout engine and learner differ by {gap:.2e} in a token's "
-                f"log-probability; alarms.log_prob_gap allows "
+                f"step {step}: rollout engine and learner differ by {gap:.2e} in the "
+                f"log-probability of a token, on average; alarms.log_prob_gap allows "
                 f"{self._schedule.max_log_prob_gap:g}. In float32 this means that the engine "
-                "does not hold the learner's weights; in bfloat16 raise the alarm to about 0.3"
+                "does not hold the learner's weights; in bfloat16 a healthy difference is below 1e-2"
             )
         return gap
 

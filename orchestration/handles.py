@@ -179,7 +179,7 @@ class LearnerActor:
     def log_probs(self, rows: Sequence[TrainRow]) -> list[list[float]]:
         return self.rank.log_probs(rows)
 
-    @ray.method(num_returns=2)
+    @ray.method(num_returns=2)  # type: ignore[untyped-decorator]  # Ray does not annotate it
     def publish(self, version: int) -> tuple[tuple[int, int] | None, WeightBundle | None]:
         """(size and checksum, the bundle): two results, so that the driver fetches the first."""
         bundle = self.rank.publish(version)

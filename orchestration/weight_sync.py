@@ -45,13 +45,14 @@ async def sync_weights(learner: PolicyLearner, engine: RolloutEngine, version: i
 async def log_prob_gap(
     learner: PolicyLearner, engine: RolloutEngine, requests: Sequence[SampleRequest]
 ) -> float:
-    """Largest |engine - learner| log-probability over a few fresh tokens of the current version."""
+    """Mean |engine - learner| log-probability of a few fresh tokens of the current version."""
     rollouts = await engine.sample(requests)
     theirs = await learner.log_probs([_row(rollout) for rollout in rollouts])
-    return max(
-        float(np.abs(rollout.log_probs - np.asarray(values))[_sampled(rollout)].max(initial=0.0))
+    gaps = [
+        np.abs(rollout.log_probs - np.asarray(values))[_sampled(rollout)]
         for rollout, values in zip(rollouts, theirs, strict=True)
-    )
+    ]
+    return float(np.concatenate(gaps).mean())
 
 
 def _sampled(rollout: Rollout) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

@@ -1,0 +1,80 @@
+"""Writes down what the driver reports: records, metrics, display and the counters of a run.
+
+Decides nothing. Refuses to know how files, trackers and the screen work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from functools import partial
+
+from grpo.pipeline import Pipeline, Reward
+from orchestration.display import Display
+from orchestration.driver import TrainedStep
+from orchestration.group_task import DroppedGroup
+from orchestration.records import dropped_record, trained_record
+from orchestration.run_directory import RunDirectory
+from orchestration.telemetry import PhaseClock, Telemetry, idle_shares
+
+
+class RunJournal:
+    """The driver's Journal for a run folder."""
+
+    def __init__(
+        self,
+        *,
+        run: RunDirectory,
+        telemetry: Telemetry,
+        display: Display,
+        clock: PhaseClock,
+        pipeline: Pipeline,
+        total_steps: int,
+        step: int,
+    ) -> None:
+        self.dropped_by_reason: Counter[str] = Counter()
+        self._run = run
+        self._telemetry = telemetry
+        self._display = display
+        self._clock = clock
+        self._terms = [_name(reward) for reward in pipeline.rewards]
+        self._total_steps = total_steps
+        self._step = step
+        self._dropped_in_step: Counter[str] = Counter()
+
+    def trained(self, step: TrainedStep) -> None:
+        """A step is done and its weights are with the engines."""
+        now = time.time()
+        rows = [row for update in step.built.batch.updates for row in update]
+        times = {done.group.id: done.times for done in step.groups}
+        for rewarded in step.built.rewarded:
+            record = trained_record(
+                rewarded,
+                [row for row in rows if row.group == rewarded.group.id],
+                terms=self._terms,
+                times=times[rewarded.group.id],
+                trained=now,
+            )
+            self._run.append_group(step.step, record)
+        metrics = {**step.metrics, **idle_shares(step.metrics, self._clock.lap())}
+        dropped = self._dropped_in_step
+        metrics |= {f"dropped/{reason}": float(count) for reason, count in dropped.items()}
+        metrics["dropped"] = float(dropped.total())
+        self._dropped_in_step = Counter()
+        self._step = step.step
+        self._telemetry.log(step.step, metrics)
+        self._display.step(metrics, step.step, self._total_steps)
+
+    def dropped(self, group: DroppedGroup) -> None:
+        """A group fell out while the next step was being filled."""
+        self.dropped_by_reason[group.dropped.reason] += 1
+        self._dropped_in_step[group.dropped.reason] += 1
+        self._run.append_group(self._step + 1, dropped_record(group))
+
+
+def _name(reward: Reward) -> str:
+    """A scorer's term is called as the scorer, any other as its function."""
+    if not isinstance(reward, partial):
+        return reward.__name__
+    scorer = reward.keywords.get("scorer")
+    return scorer if isinstance(scorer, str) else reward.func.__name__

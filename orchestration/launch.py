@@ -1,0 +1,295 @@
+"""One training run from a recipe to its summary: start the roles, evaluate, drive, evaluate.
+
+Knows the order of things; refuses to know how any of them works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, ExitStack
+from datetime import datetime
+from pathlib import Path
+
+from orchestration.checkpoint import (
+    DriverState,
+    encoded_state,
+    load_checkpoint,
+    save_checkpoint,
+)
+from orchestration.config import Recipe
+from orchestration.display import Display
+from orchestration.driver import Driver, Progress, Schedule
+from orchestration.evaluation import EvalReport, evaluate
+from orchestration.group_task import GroupRecipe
+from orchestration.journal import RunJournal
+from orchestration.roles import Roles, local_recipe, started_roles
+from orchestration.run_directory import RunDirectory, RunStatus, RunSummary, write_json
+from orchestration.run_inputs import RunInputs, read_inputs
+from orchestration.telemetry import ClockedEngine, PhaseClock, Telemetry
+from orchestration.versions import software_versions
+from orchestration.waits import Waits
+from orchestration.weight_sync import sync_weights
+
+EVALUATION_GROUPS = 1_000_000_000  # group ids of evaluations never meet those of training
+BEFORE_FILE = "evaluation_before.json"
+
+
+def train(recipe: Recipe, *, local: bool, resume: Path | None) -> int:
+    """Run the recipe; the exit status is 0 only if its schedule was completed."""
+    recipe = local_recipe(recipe) if local else recipe
+    inputs = read_inputs(recipe, None if resume is None else str(resume))
+    with Display.open() as display:
+        return asyncio.run(_Run(inputs, display, local=local).train())
+
+
+class _Run:
+    """The state of one run in this process."""
+
+    def __init__(self, inputs: RunInputs, display: Display, *, local: bool) -> None:
+        self._inputs = inputs
+        self._recipe = inputs.recipe
+        self._display = display
+        self._local = local
+        self._waits = Waits()
+        self._clock = PhaseClock()
+        self._versions = software_versions()
+        self._before: Mapping[str, object] | None = None
+        self._after: Mapping[str, object] | None = None
+        self._progress = inputs.progress()
+
+    async def train(self) -> int:
+        """Open the run folder, train, and leave a summary whatever happens."""
+        with ExitStack() as open_files:
+            self._run = self._run_directory()
+            open_files.callback(self._run.close)
+            self._telemetry = Telemetry.open(
+                self._run,
+                self._recipe.trackers,
+                config=self._recipe.model_dump(mode="json"),
+                resumed_step=None if self._inputs.state is None else self._progress.step,
+            )
+            open_files.callback(self._telemetry.close)
+            self._journal = RunJournal(
+                run=self._run,
+                telemetry=self._telemetry,
+                display=self._display,
+                clock=self._clock,
+                pipeline=self._inputs.pipeline,
+                total_steps=self._recipe.steps,
+                step=self._progress.step,
+            )
+            return await self._summarised()
+
+    def _run_directory(self) -> RunDirectory:
+        if self._inputs.resume is not None:
+            path = self._inputs.resume.run
+            run = RunDirectory.reopen(path, step=self._progress.step)
+            for change in run.version_changes(self._versions):
+                self._display.message(f"software changed since this run began: {change}")
+        else:
+            run = RunDirectory.create(
+                Path(self._recipe.output),
+                self._recipe.name,
+                now=datetime.now(),
+                config=self._recipe.model_dump(mode="json"),
+                versions=self._versions,
+            )
+        self._display.message(f"run folder: {run.path}")
+        return run
+
+    async def _summarised(self) -> int:
+        status, cause = RunStatus.FAILED, None
+        try:
+            if await self._with_roles():
+                status = RunStatus.FINISHED
+            else:
+                status, cause = RunStatus.INTERRUPTED, "a stop was requested"
+        except BaseException as raised:
+            error = _root(raised)
+            if not isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
+                cause = str(error) or type(error).__name__
+                raise error from None
+            status, cause = RunStatus.INTERRUPTED, "stopped before training began"
+        finally:
+            self._run.write_summary(self._summary(status, cause))
+        if status is RunStatus.INTERRUPTED:
+            again = "" if self._progress.step == 0 else f"; continue with --resume {self._run.path}"
+            self._display.message(f"stopped after step {self._progress.step}{again}")
+        return 0 if status is RunStatus.FINISHED else 1
+
+    async def _with_roles(self) -> bool:
+        async with AsyncExitStack() as started:
+            with self._clock.phase("start"):
+                roles = await started.enter_async_context(
+                    started_roles(
+                        self._recipe,
+                        local=self._local,
+                        waits=self._waits,
+                        on_phase=self._display.phase,
+                    )
+                )
+            return await self._train_with(roles)
+
+    async def _train_with(self, roles: Roles) -> bool:
+        if self._inputs.state is not None:
+            await self._continue_from_checkpoint(roles)
+        before = await self._evaluate_before(roles)
+        with self._clock.phase("train"):
+            complete = await self._drive(roles)
+        if complete and self._inputs.held_out:
+            after = await self._evaluated(roles, "after", self._progress.step)
+            self._after = after.as_json()
+            self._display.evaluation("held-out prompts", after, before)
+        return complete
+
+    async def _continue_from_checkpoint(self, roles: Roles) -> None:
+        assert self._inputs.resume is not None
+        self._display.phase(f"loading checkpoint of step {self._progress.step}")
+        await load_checkpoint(self._inputs.resume.checkpoint, roles.learner)
+        await sync_weights(roles.learner, roles.engine, self._progress.version)
+
+    async def _evaluate_before(self, roles: Roles) -> EvalReport | None:
+        """A resumed run keeps the figures that it began with."""
+        path = self._run.path / BEFORE_FILE
+        if path.exists():
+            self._before = json.loads(path.read_text(encoding="utf-8"))
+        if self._inputs.state is not None or not self._inputs.held_out:
+            return None
+        before = await self._evaluated(roles, "before", 0)
+        self._before = before.as_json()
+        write_json(path, self._before)
+        self._display.evaluation("held-out prompts, before", before)
+        return before
+
+    async def _evaluated(self, roles: Roles, label: str, step: int) -> EvalReport:
+        recipe = self._recipe
+        self._display.phase(f"evaluating ({label})")
+        with self._clock.phase("evaluate"):
+            report = await evaluate(
+                roles.engine,
+                roles.scorers[recipe.scorers[0].name].scorer,
+                self._inputs.held_out,
+                samples=recipe.evaluation.samples,
+                sampling=recipe.sampling.drawn(),
+                seed=recipe.seed,
+                first_group=EVALUATION_GROUPS,
+                concurrency=max(
+                    1,
+                    recipe.rollout.workers
+                    * recipe.rollout.max_concurrent_rollouts
+                    // recipe.evaluation.samples,
+                ),
+            )
+        self._telemetry.log(step, report.metrics())
+        return report
+
+    async def _drive(self, roles: Roles) -> bool:
+        recipe = self._recipe
+
+        async def evaluate_during(step: int) -> None:
+            report = await self._evaluated(roles, f"step {step}", step)
+            self._display.evaluation(f"held-out prompts, step {step}", report)
+
+        async def checkpoint(progress: Progress) -> None:
+            self._progress = progress
+            await self._save(roles, progress)
+
+        driver = Driver(
+            schedule=_schedule(recipe),
+            common=GroupRecipe(
+                pipeline=self._inputs.pipeline,
+                sampling=recipe.sampling.drawn(),
+                run_seed=recipe.seed,
+                engine=ClockedEngine(roles.engine, self._clock),
+                scorers=roles.scorers,
+            ),
+            learner=roles.learner,
+            prompt_at=self._inputs.prompts.at,
+            journal=self._journal,
+            waits=self._waits,
+            progress=self._progress,
+            evaluate=evaluate_during,
+            checkpoint=checkpoint,
+        )
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self._stop, driver)
+        loop.add_signal_handler(signal.SIGTERM, self._stop, driver)
+        self._display.phase("training")
+        try:
+            return await driver.run()
+        finally:
+            self._progress = driver.progress
+            loop.remove_signal_handler(signal.SIGINT)
+            loop.remove_signal_handler(signal.SIGTERM)
+
+    def _stop(self, driver: Driver) -> None:
+        self._display.message("stopping: the step in progress ends, then a checkpoint is written")
+        driver.request_stop()
+        # A second Ctrl-C does not wait for anything.
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+
+    async def _save(self, roles: Roles, progress: Progress) -> None:
+        if progress.step == 0:
+            return  # nothing was learnt that the model on disk does not hold
+        with self._clock.phase("checkpoint"):
+            await save_checkpoint(
+                self._run.path,
+                progress.step,
+                roles.learner,
+                DriverState(
+                    step=progress.step,
+                    version=progress.version,
+                    seed=self._recipe.seed,
+                    next_group=progress.next_group,
+                    pending=progress.pending,
+                    prompts={"num_prompts": len(self._inputs.prompts)},
+                    algorithm=encoded_state(progress.algorithm_state),
+                    counters=dict(self._journal.dropped_by_reason),
+                    wall_s=dict(self._clock.totals),
+                    tokens={"generated": progress.num_tokens},
+                ),
+                keep=self._recipe.checkpoint.keep,
+            )
+
+    def _summary(self, status: RunStatus, cause: str | None) -> RunSummary:
+        return RunSummary(
+            name=self._recipe.name,
+            status=status,
+            cause=cause,
+            seed=self._recipe.seed,
+            steps=self._progress.step,
+            planned_steps=self._recipe.steps,
+            before=self._before,
+            after=self._after,
+            wall_s=dict(self._clock.totals),
+            tokens={"generated": self._progress.num_tokens},
+            dropped=dict(self._journal.dropped_by_reason),
+            versions=self._versions,
+        )
+
+
+def _schedule(recipe: Recipe) -> Schedule:
+    return Schedule(
+        steps=recipe.steps,
+        groups_per_step=recipe.num_prompts_per_step,
+        updates_per_step=recipe.updates_per_step,
+        max_staleness=recipe.max_staleness,
+        window=recipe.window,
+        checkpoint_every=recipe.checkpoint.every,
+        evaluate_every=recipe.evaluation.every if recipe.data.evaluation else 0,
+        max_log_prob_gap=recipe.alarms.log_prob_gap,
+        max_dropped_rate=recipe.alarms.dropped_rate,
+        take_deadline_s=recipe.alarms.stall_s,
+        train_deadline_s=recipe.alarms.stall_s,
+        sync_deadline_s=recipe.alarms.stall_s,
+    )
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first leaf of a group: what failed later was cancelled, or is a consequence."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

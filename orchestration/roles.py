@@ -1,0 +1,176 @@
+"""Brings up the roles of a recipe, on a cluster or in this process, and takes them down again.
+
+The only place that knows both sides: above it there are Protocols, below it actors or objects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from grpo.engines import PolicyLearner, RolloutEngine, Scorer
+from learner.environment import thread_environment
+from orchestration.config import Recipe
+from orchestration.group_task import ScorerRole
+from orchestration.pool import ActorPool, RolloutPool, ScorerPool, Spawner
+from orchestration.waits import Waits
+from rollout_workers.environment import engine_environment
+from rollout_workers.worker import RolloutWorker
+
+START_DEADLINE_S = 900.0  # loading a large model from a slow disk
+WORKER_RETRIES = 3
+
+
+class Learner(PolicyLearner, Protocol):
+    """A PolicyLearner that can also be checkpointed and ended."""
+
+    async def save(self, folder: Path) -> None: ...
+
+    async def load(self, folder: Path) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """Everything that the driver drives."""
+
+    engine: RolloutPool
+    scorers: Mapping[str, ScorerRole]
+    learner: Learner
+
+    @property
+    def num_replaced(self) -> dict[str, int]:
+        """Workers that were lost and replaced, by role."""
+        pools = [self.engine.pool]
+        return {pool.role: pool.num_replaced for pool in pools if pool.num_replaced}
+
+
+def local_recipe(recipe: Recipe) -> Recipe:
+    """The same run for one process: the small engine and the small backend, one of each."""
+    rollout = recipe.rollout.model_copy(update={"engine": "transformers", "workers": 1})
+    learner = recipe.learner.model_copy(update={"backend": "torch", "ranks": 1})
+    return recipe.model_copy(update={"rollout": rollout, "learner": learner})
+
+
+@asynccontextmanager
+async def started_roles(
+    recipe: Recipe, *, local: bool, waits: Waits, on_phase: Callable[[str], None]
+) -> AsyncIterator[Roles]:
+    """All roles, ready to work; they are gone when the block ends, however it ends."""
+    if local:
+        make = _local_parts(recipe)
+    else:
+        on_phase("starting Ray")
+        make = _cluster_parts(recipe)
+    on_phase("starting rollout workers, scorers and learner")
+    engine = RolloutPool(
+        make.rollout_spawner,
+        retries=WORKER_RETRIES,
+        deadline_s=recipe.alarms.stall_s,
+        start_deadline_s=START_DEADLINE_S,
+        waits=waits,
+    )
+    scorers = {
+        config.name: ScorerPool(
+            config.name,
+            ActorPool(
+                f"scorer {config.name}",
+                make.scorer_spawners[config.name],
+                retries=config.retries,
+                # The service holds the deadline of every call; this one is for a lost service.
+                deadline_s=recipe.alarms.stall_s,
+                start_deadline_s=START_DEADLINE_S,
+                waits=waits,
+            ),
+        )
+        for config in recipe.scorers
+    }
+    try:
+        async with asyncio.TaskGroup() as starting:
+            starting.create_task(engine.pool.start(recipe.rollout.workers))
+            for config in recipe.scorers:
+                starting.create_task(scorers[config.name].pool.start(config.actors))
+            starting.create_task(
+                waits.within(START_DEADLINE_S, "learner: starting", make.start_learner())
+            )
+        yield Roles(
+            engine=engine,
+            scorers={
+                config.name: ScorerRole(
+                    scorer=scorers[config.name], stop_on_failure=config.on_failure == "stop"
+                )
+                for config in recipe.scorers
+            },
+            learner=make.learner,
+        )
+    finally:
+        await make.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """How one kind of place makes the roles."""
+
+    rollout_spawner: Spawner[RolloutEngine]
+    scorer_spawners: Mapping[str, Spawner[Scorer]]
+    learner: Learner
+    start_learner: Callable[[], Any]
+    close: Callable[[], Any]
+
+
+def _learner_arguments(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "model": recipe.model,
+        "config": recipe.learner,
+        "algorithm": recipe.algorithm.model_dump(mode="json"),
+        "total_steps": recipe.steps,
+        "temperature": recipe.sampling.temperature,
+        "seed": recipe.seed,
+    }
+
+
+def _local_parts(recipe: Recipe) -> _Parts:
+    # Imported here: a run on a cluster need not load torch into the driver.
+    from learner.rank import LearnerRank
+    from orchestration.local import LocalLearner, LocalRolloutSpawner, LocalScorerSpawner
+
+    rank = LearnerRank(**_learner_arguments(recipe), rank=0, world_size=1, master="127.0.0.1:0")
+    learner = LocalLearner(rank)
+    return _Parts(
+        rollout_spawner=LocalRolloutSpawner(
+            lambda: RolloutWorker(recipe.model, recipe.rollout, recipe.max_model_len)
+        ),
+        scorer_spawners={s.name: LocalScorerSpawner(s) for s in recipe.scorers},
+        learner=learner,
+        start_learner=learner.start,
+        close=learner.close,
+    )
+
+
+def _cluster_parts(recipe: Recipe) -> _Parts:
+    # Imported here: a local run needs no Ray.
+    from orchestration import handles
+
+    handles.connect(recipe)
+    learner = handles.RayLearner(recipe, thread_environment(recipe.learner.cpus_per_rank))
+
+    async def close() -> None:
+        handles.disconnect()
+
+    return _Parts(
+        rollout_spawner=handles.RayRolloutSpawner(
+            recipe,
+            recipe.model,
+            recipe.max_model_len,
+            engine_environment(recipe.rollout, recipe.model),
+        ),
+        scorer_spawners={s.name: handles.RayScorerSpawner(s) for s in recipe.scorers},
+        learner=learner,
+        start_learner=lambda: learner.start(_learner_arguments(recipe)),
+        close=close,
+    )

@@ -1,0 +1,79 @@
+"""Everything of a run that can be known, and can be wrong, before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo.pipeline import Pipeline
+from grpo.types import Prompt
+from orchestration.checkpoint import DriverState, decoded_state, read_driver_state
+from orchestration.config import Recipe
+from orchestration.driver import Progress
+from orchestration.prompt_order import PromptOrder
+from orchestration.prompts import load_prompts
+from orchestration.resume import ResumePoint, require_same_recipe, resolve_resume
+from orchestration.run_directory import CONFIG_FILE
+from orchestration.yaml_source import read_yaml
+from rollout_workers.tokenization import Tokenization
+
+FREE_TO_CHANGE = frozenset({"steps", "checkpoint", "evaluation", "alarms", "trackers", "output"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RunInputs:
+    """What can be known and can be wrong before anything is started."""
+
+    recipe: Recipe
+    pipeline: Pipeline
+    prompts: PromptOrder
+    held_out: Sequence[Prompt]
+    resume: ResumePoint | None
+    state: DriverState | None  # None: a new run
+
+    def progress(self) -> Progress:
+        """Where the driver begins."""
+        if self.state is None:
+            return Progress(algorithm_state=self.pipeline.initial_state)
+        return Progress(
+            step=self.state.step,
+            version=self.state.version,
+            next_group=self.state.next_group,
+            pending=self.state.pending,
+            algorithm_state=decoded_state(self.pipeline.initial_state, self.state.algorithm),
+            num_tokens=self.state.tokens["generated"],
+        )
+
+
+def read_inputs(recipe: Recipe, resume: str | None) -> RunInputs:
+    """Tokenizer, prompts, pipeline and resume point; UserError with what is wrong."""
+    point = None if resume is None else resolve_resume(resume, Path(recipe.output))
+    if point is not None:
+        saved = read_yaml(point.run / CONFIG_FILE).data
+        require_same_recipe(saved, recipe.model_dump(mode="json"), may_change=FREE_TO_CHANGE)
+    choice = recipe.algorithm
+    pipeline = choice.algorithm.pipeline(
+        choice.settings,
+        outcomes=recipe.weights,
+        max_completion_length=recipe.sampling.max_completion_length,
+    )
+    tokenization = Tokenization(recipe.model)
+    data, longest = recipe.data, recipe.sampling.max_prompt_length
+    train_set = load_prompts(
+        data.train, data, tokenization, max_prompt_length=longest, split=data.split
+    )
+    held_out: tuple[Prompt, ...] = ()
+    if data.evaluation is not None:
+        split = data.evaluation_split
+        held_out = load_prompts(
+            data.evaluation, data, tokenization, max_prompt_length=longest, split=split
+        ).prompts[: recipe.evaluation.prompts]
+    return RunInputs(
+        recipe=recipe,
+        pipeline=pipeline,
+        prompts=PromptOrder(train_set.prompts, seed=recipe.seed, shuffle=data.shuffle),
+        held_out=held_out,
+        resume=point,
+        state=None if point is None else read_driver_state(point.checkpoint),
+    )
