@@ -1,0 +1,282 @@
+"""The driver's loops against fakes: order, staleness, drops, stops and resumes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from grpo.algorithms import ALGORITHMS
+from grpo.errors import Fatal, PromptTooLong, Stalled, WeightMismatch
+from grpo.pipeline import Pipeline
+from grpo.types import LoadReport, Sampling, WeightRef
+from orchestration.driver import Driver, Progress, Schedule
+from orchestration.group_task import GroupRecipe, ScorerRole, rollout_seed
+from orchestration.waits import Waits
+from tests.fakes import FakeEngine, FakeJournal, FakeLearner, FakeScorer, a_prompt
+
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8)
+
+
+def a_schedule(**changes: object) -> Schedule:
+    schedule = Schedule(
+        steps=4,
+        groups_per_step=3,
+        updates_per_step=1,
+        max_staleness=0,
+        window=1,
+        checkpoint_every=0,
+        evaluate_every=0,
+        max_log_prob_gap=1e-3,
+        max_dropped_rate=0.9,
+        take_deadline_s=5.0,
+        train_deadline_s=5.0,
+        sync_deadline_s=5.0,
+    )
+    return replace(schedule, **changes)  # type: ignore[arg-type]  # test shorthand
+
+
+def a_pipeline(name: str = "grpo") -> Pipeline:
+    algorithm = ALGORITHMS[name]
+    config = algorithm.config(num_generations=4)
+    return algorithm.pipeline(config, outcomes={"answer": 1.0}, max_completion_length=8)
+
+
+class Setting:
+    """One driver with fakes around it."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        algorithm: str = "grpo",
+        progress: Progress | None = None,
+        scorer: FakeScorer | None = None,
+        stop_on_failure: bool = False,
+        engine: FakeEngine | None = None,
+    ) -> None:
+        progress = progress or Progress()
+        self.engine = engine or FakeEngine(version=progress.version)
+        self.learner = FakeLearner(version=progress.version)
+        self.journal = FakeJournal()
+        self.checkpoints: list[Progress] = []
+        self.after_checkpoint: Callable[[Progress], None] = lambda progress: None
+        self.driver = Driver(
+            schedule=schedule,
+            common=GroupRecipe(
+                pipeline=a_pipeline(algorithm),
+                sampling=SAMPLING,
+                run_seed=7,
+                engine=self.engine,
+                scorers={
+                    "answer": ScorerRole(
+                        scorer=scorer or FakeScorer(), stop_on_failure=stop_on_failure
+                    )
+                },
+            ),
+            learner=self.learner,
+            prompt_at=a_prompt,
+            journal=self.journal,
+            waits=Waits(),
+            progress=progress,
+            evaluate=self._evaluate,
+            checkpoint=self._checkpoint,
+        )
+
+    def run(self) -> bool:
+        return asyncio.run(self.driver.run())
+
+    async def _evaluate(self, step: int) -> None:
+        self.evaluated = step
+
+    async def _checkpoint(self, progress: Progress) -> None:
+        self.checkpoints.append(progress)
+        self.after_checkpoint(progress)
+
+
+def root(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def test_synchronous_run_trains_every_group_once_in_order_and_always_fresh() -> None:
+    setting = Setting(a_schedule())
+    assert setting.run()
+    assert setting.learner.trained_groups == list(range(12))
+    assert [step.metrics["staleness/max"] for step in setting.journal.steps] == [0.0] * 4
+    assert [batch.version for batch in setting.learner.batches] == [0, 1, 2, 3]
+    assert setting.engine.version == 4
+
+
+@pytest.mark.parametrize("bound", [1, 2])
+def test_overlapping_run_trains_the_same_groups_and_keeps_the_bound(bound: int) -> None:
+    setting = Setting(a_schedule(max_staleness=bound, steps=6))
+    assert setting.run()
+    assert setting.learner.trained_groups == list(range(18))
+    ages = [step.metrics["staleness/max"] for step in setting.journal.steps]
+    assert max(ages) == bound
+
+
+def test_generation_goes_on_while_the_learner_trains_only_if_the_bound_allows_it() -> None:
+    """Holds the learner inside a step and looks at what the engine was asked meanwhile."""
+
+    async def asked_during_step(bound: int) -> int:
+        setting = Setting(a_schedule(max_staleness=bound))
+        inside, go_on = asyncio.Event(), asyncio.Event()
+        train = setting.learner.train
+
+        async def slow_train(batch):  # type: ignore[no-untyped-def]
+            inside.set()
+            await go_on.wait()
+            return await train(batch)
+
+        setting.learner.train = slow_train  # type: ignore[method-assign]
+        running = asyncio.ensure_future(setting.driver.run())
+        await inside.wait()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        asked = {request.group for request in setting.engine.asked}
+        go_on.set()
+        await running
+        return len(asked)
+
+    assert asyncio.run(asked_during_step(0)) == 3
+    assert asyncio.run(asked_during_step(1)) == 6
+
+
+def test_groups_without_a_score_are_dropped_with_the_reason_and_replaced() -> None:
+    setting = Setting(a_schedule(), scorer=FakeScorer(failing=frozenset({1, 5})))
+    assert setting.run()
+    assert setting.learner.trained_groups == [0, 2, 3, 4, *range(6, 14)]
+    assert [fallen.dropped.reason for fallen in setting.journal.fallen] == ["failed_score"] * 2
+    assert "broken" in setting.journal.fallen[0].dropped.detail
+
+
+def test_a_failed_score_ends_the_run_where_the_recipe_says_stop() -> None:
+    setting = Setting(a_schedule(), scorer=FakeScorer(failing=frozenset({1})), stop_on_failure=True)
+    with pytest.raises(ExceptionGroup) as raised:
+        setting.run()
+    assert isinstance(root(raised.value), Fatal)
+    assert "broken" in str(root(raised.value))
+
+
+def test_a_prompt_that_no_engine_takes_is_dropped_not_fatal() -> None:
+    engine = FakeEngine(failures=[PromptTooLong("9 tokens, 8 fit")])
+    setting = Setting(a_schedule(), engine=engine)
+    assert setting.run()
+    assert setting.journal.fallen[0].dropped.reason == "PromptTooLong"
+    assert len(setting.learner.trained_groups) == 12
+
+
+def test_a_run_in_which_nothing_survives_stops_and_names_the_commonest_reason() -> None:
+    setting = Setting(a_schedule(), scorer=FakeScorer(failing=frozenset(range(10_000))))
+    with pytest.raises(ExceptionGroup) as raised:
+        setting.run()
+    error = root(raised.value)
+    assert isinstance(error, Fatal)
+    assert "'failed_score'" in str(error)
+    assert "alarms.dropped_rate" in str(error)
+
+
+def test_dapo_never_trains_on_a_group_whose_outcomes_are_equal() -> None:
+    setting = Setting(a_schedule(steps=12), algorithm="dapo")
+    assert setting.run()
+    dropped = {fallen.group.id for fallen in setting.journal.fallen}
+    assert dropped, "with four coin flips some group must be constant"
+    assert dropped.isdisjoint(setting.learner.trained_groups)
+    for step in setting.journal.steps:
+        assert step.metrics["frac_reward_zero_std"] == 0.0
+
+
+def test_a_requested_stop_writes_a_checkpoint_from_which_the_rest_is_trained_once() -> None:
+    whole = Setting(a_schedule(checkpoint_every=1))
+    whole.run()
+    for stop_after in (1, 2, 3):
+        first = Setting(a_schedule(checkpoint_every=1))
+
+        def stop(progress: Progress, at: int = stop_after, first: Setting = first) -> None:
+            if progress.step == at:
+                first.driver.request_stop()
+
+        first.after_checkpoint = stop
+        assert not first.run()
+        saved = first.checkpoints[-1]
+        assert saved.step == stop_after
+        second = Setting(a_schedule(checkpoint_every=1), progress=saved)
+        assert second.run()
+        both = first.learner.trained_groups + second.learner.trained_groups
+        assert both == whole.learner.trained_groups
+        rows = [tokens_of(s) for s in (first, second)]
+        assert np.array_equal(np.concatenate(rows), tokens_of(whole))
+
+
+def tokens_of(setting: Setting) -> np.ndarray:
+    return np.concatenate(
+        [
+            row.tokens
+            for batch in setting.learner.batches
+            for update in batch.updates
+            for row in update
+        ]
+    )
+
+
+def test_unfinished_groups_of_an_overlapping_run_are_sampled_again_after_a_resume() -> None:
+    first = Setting(a_schedule(max_staleness=2, checkpoint_every=1))
+    first.after_checkpoint = lambda progress: (
+        first.driver.request_stop() if progress.step == 1 else None
+    )
+    assert not first.run()
+    saved = first.checkpoints[-1]
+    second = Setting(a_schedule(max_staleness=2), progress=saved)
+    assert second.run()
+    assert first.learner.trained_groups + second.learner.trained_groups == list(range(12))
+
+
+def test_damaged_weights_end_the_run() -> None:
+    class Damaging(FakeEngine):
+        async def load_weights(self, ref: WeightRef) -> LoadReport:
+            report = await super().load_weights(ref)
+            return LoadReport(version=report.version, checksum=0xBAD, timings_s={})
+
+    with pytest.raises(ExceptionGroup) as raised:
+        Setting(a_schedule(), engine=Damaging()).run()
+    assert isinstance(root(raised.value), WeightMismatch)
+
+
+def test_an_engine_that_samples_from_other_weights_trips_the_alarm_in_an_overlapping_run() -> None:
+    """No token of the step is of the learner's version: a fresh probe finds it."""
+    setting = Setting(a_schedule(max_staleness=1))
+
+    async def other_weights(rows):  # type: ignore[no-untyped-def]
+        return [[-3.0] * len(row.tokens) for row in rows]
+
+    setting.learner.log_probs = other_weights  # type: ignore[method-assign]
+    with pytest.raises(ExceptionGroup) as raised:
+        setting.run()
+    assert "alarms.log_prob_gap" in str(root(raised.value))
+
+
+def test_an_engine_that_hangs_is_named_when_the_deadline_passes() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(gate=asyncio.Event())
+        await Setting(a_schedule(take_deadline_s=0.05), engine=engine).driver.run()
+
+    with pytest.raises(ExceptionGroup) as raised:
+        asyncio.run(scenario())
+    error = root(raised.value)
+    assert isinstance(error, Stalled)
+    assert "waiting for 3 finished groups" in str(error)
+    assert "groups in progress: 0, 1, 2" in str(error)
+
+
+def test_rollout_seeds_differ_in_every_part_and_are_the_same_twice() -> None:
+    parts = [(0, 1, 2, 3), (1, 1, 2, 3), (0, 2, 2, 3), (0, 1, 3, 3), (0, 1, 2, 4)]
+    seeds = [rollout_seed(*part) for part in parts]
+    assert len(set(seeds)) == len(seeds)
+    assert seeds == [rollout_seed(*part) for part in parts]
+    assert all(0 <= seed < 2**63 for seed in seeds)
