@@ -263,8 +263,9 @@ class Driver:
         The learner compares every token of the step that its own version sampled. Where the
         step has none, because all of it is older, a short fresh rollout is compared instead.
         """
-        gap = report.metrics["log_prob_gap/mean"]
-        if report.metrics["log_prob_gap/num_tokens"] == 0:
+        if report.metrics["log_prob_gap/num_tokens"] > 0:
+            gap = report.metrics["log_prob_gap/mean"]
+        else:
             gap = await self._waits.within(
                 self._schedule.sync_deadline_s,
                 f"check of version {version} with a fresh rollout",

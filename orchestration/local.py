@@ -42,12 +42,14 @@ class LocalRolloutWorker:
 class LocalRolloutSpawner:
     """Makes rollout workers in this process."""
 
-    def __init__(self, make: Callable[[], RolloutWorker]) -> None:
+    def __init__(self, make: Callable[[], RolloutWorker], loading: asyncio.Lock) -> None:
         self._make = make
+        self._loading = loading
 
     async def spawn(self, place: int) -> RolloutEngine:
         worker = self._make()
-        await worker.start()
+        async with self._loading:
+            await worker.start()
         return LocalRolloutWorker(worker)
 
     async def discard(self, worker: RolloutEngine) -> None:
@@ -74,12 +76,17 @@ class LocalScorerSpawner:
 class LocalLearner:
     """One learner rank in this process; its blocking work runs in a thread of its own."""
 
-    def __init__(self, rank: LearnerRank) -> None:
+    def __init__(self, rank: LearnerRank, loading: asyncio.Lock) -> None:
+        """`loading` is shared by all that load a model here: transformers' loader sets a default
+        device for the whole process, so two at a time would leave parameters uninitialised.
+        """
         self._rank = rank
+        self._loading = loading
         self._busy = asyncio.Lock()  # the rank is no more thread-safe than an actor is
 
     async def start(self) -> None:
-        await self._call(self._rank.start)
+        async with self._loading:
+            await self._call(self._rank.start)
 
     async def train(self, batch: TrainBatch) -> StepReport:
         return await self._call(lambda: self._rank.train(batch))

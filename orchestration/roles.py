@@ -140,10 +140,11 @@ def _local_parts(recipe: Recipe) -> _Parts:
     from orchestration.local import LocalLearner, LocalRolloutSpawner, LocalScorerSpawner
 
     rank = LearnerRank(**_learner_arguments(recipe), rank=0, world_size=1, master="127.0.0.1:0")
-    learner = LocalLearner(rank)
+    loading = asyncio.Lock()
+    learner = LocalLearner(rank, loading)
     return _Parts(
         rollout_spawner=LocalRolloutSpawner(
-            lambda: RolloutWorker(recipe.model, recipe.rollout, recipe.max_model_len)
+            lambda: RolloutWorker(recipe.model, recipe.rollout, recipe.max_model_len), loading
         ),
         scorer_spawners={s.name: LocalScorerSpawner(s) for s in recipe.scorers},
         learner=learner,

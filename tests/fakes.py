@@ -112,14 +112,10 @@ class FakeLearner:
         rows = [row for update in batch.updates for row in update]
         fresh = sum(int((row.versions == batch.version).sum()) for row in rows)
         await asyncio.sleep(0)
-        return StepReport(
-            metrics={
-                "log_prob_gap/max": 0.0,
-                "log_prob_gap/mean": 0.0,
-                "log_prob_gap/num_tokens": float(fresh),
-            },
-            timings_s={},
-        )
+        metrics = {"log_prob_gap/num_tokens": float(fresh)}
+        if fresh:  # a mean of nothing is absent
+            metrics |= {"log_prob_gap/max": 0.0, "log_prob_gap/mean": 0.0}
+        return StepReport(metrics=metrics, timings_s={})
 
     async def log_probs(self, rows: Sequence[TrainRow]) -> list[list[float]]:
         return [[-1.0] * len(row.tokens) for row in rows]
