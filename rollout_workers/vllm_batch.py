@@ -1,0 +1,112 @@
+"""What runs inside one vLLM engine: requests, which weights sampled which token, weight swaps.
+
+Belongs to the thread of a step loop; every method is called there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from grpo.errors import WorkerLost
+from grpo.types import Int32
+from rollout_workers.completion import Sampled
+from rollout_workers.vllm_weights import ReceivedChecksum
+
+
+@dataclass(slots=True, kw_only=True)
+class _Running:
+    """A request inside the engine."""
+
+    done: Future[Sampled]
+    starts: list[tuple[int, int]]  # (version, its first token), oldest first
+
+
+class VllmBatch:
+    """A vLLM engine and the requests that run in it."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self._engine = engine
+        self._running: dict[str, _Running] = {}
+        self._version = 0
+        engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+
+    def add(
+        self, name: str, prompt: Sequence[int], params: SamplingParams, done: Future[Sampled]
+    ) -> None:
+        """Sample a completion into `done`; `name` must be new."""
+        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+        self._running[name] = _Running(done=done, starts=[(self._version, 0)])
+
+    def abort(self, name: str) -> None:
+        """Forget a request that nobody waits for any more."""
+        if self._running.pop(name, None) is not None:
+            self._engine.abort_request([name])
+
+    def busy(self) -> bool:
+        return bool(self._engine.has_unfinished_requests())
+
+    def step(self) -> None:
+        for output in self._engine.step():
+            if output.finished:
+                self._finish(output)
+
+    def shutdown(self, error: WorkerLost) -> None:
+        for running in self._running.values():
+            if running.done.set_running_or_notify_cancel():
+                running.done.set_exception(error)
+        self._running.clear()
+        self._engine.engine_core.shutdown()
+
+    def receive(self, path: str, checksum: int) -> list[int]:
+        """Load weights from a file; the crc32 that each of vLLM's workers saw in it.
+
+        Where it is not `checksum` the weights stay as they were.
+        """
+        engine = self._engine
+        engine.collective_rpc("start_weight_update")
+        update = {"path": path, "checksum": checksum}
+        engine.collective_rpc("update_weights", kwargs={"update_info": update})
+        received: list[int] = engine.collective_rpc(ReceivedChecksum.received_checksum.__name__)
+        engine.collective_rpc("finish_weight_update")
+        return received
+
+    def set_version(self, version: int) -> None:
+        """Tokens sampled from now on carry `version`, those of running requests too.
+
+        Their keys and values came from the old weights: all are computed anew.
+        """
+        self._engine.reset_prefix_cache(reset_running_requests=True)
+        self._version = version
+        for state in self._engine.output_processor.request_states.values():
+            running = self._running[state.external_req_id]
+            running.starts.append((version, state.detokenizer.num_output_tokens()))
+
+    def _finish(self, output: RequestOutput) -> None:
+        running = self._running.pop(output.request_id)
+        if running.done.set_running_or_notify_cancel():
+            running.done.set_result(_sampled(output.outputs[0], running.starts))
+
+
+def _sampled(output: CompletionOutput, starts: list[tuple[int, int]]) -> Sampled:
+    table = output.logprobs  # flat; at every position the sampled token comes first
+    return Sampled(
+        tokens=output.token_ids,
+        log_probs=[table.logprobs[first] for first in table.start_indices],
+        versions=_versions(starts, len(output.token_ids)),
+        stopped=output.finish_reason == "stop",
+    )
+
+
+def _versions(starts: list[tuple[int, int]], count: int) -> Int32:
+    """[count] the version of every token: starts (5, 0), (6, 2) and 3 tokens give 5, 5, 6."""
+    versions = np.empty(count, np.int32)
+    for version, first in starts:
+        versions[first:] = version
+    return versions
