@@ -1,0 +1,80 @@
+"""Settings under the names that OpenRLHF, verl and TRL users know, and where covey keeps them.
+
+Knows names only. An alias is accepted at the top level of a recipe and in the section of its
+target; one with a dot is accepted where it is written so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+TARGETS: Mapping[str, str] = {
+    # OpenRLHF
+    "n_samples_per_prompt": "algorithm.num_generations",
+    "rollout_batch_size": "num_prompts_per_step",
+    "max_new_tokens": "sampling.max_completion_length",
+    "generate_max_len": "sampling.max_completion_length",
+    "prompt_max_len": "sampling.max_prompt_length",
+    "eps_clip": "algorithm.epsilon",
+    "init_kl_coef": "algorithm.beta",
+    "async_queue_size": "max_staleness",
+    "max_tokens_per_gpu": "learner.max_tokens_per_microbatch",
+    "actor_learning_rate": "learner.learning_rate",
+    "pretrain": "model",
+    "prompt_data": "data.train",
+    "eval_dataset": "data.evaluation",
+    "input_key": "data.prompt_column",
+    "label_key": "data.answer_column",
+    # verl
+    "rollout.n": "algorithm.num_generations",
+    "train_batch_size": "num_prompts_per_step",
+    "data.train_batch_size": "num_prompts_per_step",
+    "max_response_length": "sampling.max_completion_length",
+    "data.max_response_length": "sampling.max_completion_length",
+    "data.max_prompt_length": "sampling.max_prompt_length",
+    "clip_ratio": "algorithm.epsilon",
+    "clip_ratio_low": "algorithm.epsilon",
+    "clip_ratio_high": "algorithm.epsilon_high",
+    "kl_loss_coef": "algorithm.beta",
+    "staleness_threshold": "max_staleness",
+    "ppo_max_token_len_per_gpu": "learner.max_tokens_per_microbatch",
+    "data.train_files": "data.train",
+    "data.val_files": "data.evaluation",
+    # TRL, whose settings are flat
+    "max_steps": "steps",
+    "model_name_or_path": "model",
+    "output_dir": "output",
+    "report_to": "trackers",
+    "num_generations": "algorithm.num_generations",
+    "max_completion_length": "sampling.max_completion_length",
+    "max_prompt_length": "sampling.max_prompt_length",
+    "temperature": "sampling.temperature",
+    "top_p": "sampling.top_p",
+    "top_k": "sampling.top_k",
+    "epsilon": "algorithm.epsilon",
+    "epsilon_high": "algorithm.epsilon_high",
+    "beta": "algorithm.beta",
+    "learning_rate": "learner.learning_rate",
+}
+PAIRS: Mapping[str, tuple[str, str]] = {
+    "eps_clip_low_high": ("algorithm.epsilon", "algorithm.epsilon_high"),
+}
+
+
+def targets_of(path: str) -> tuple[str, ...]:
+    """Where a dotted path belongs: two places for a pair, none if it is no alias."""
+    return tuple(dict.fromkeys(_targets(path)))
+
+
+def _targets(path: str) -> Iterator[str]:
+    section, _, key = path.rpartition(".")
+    if path in TARGETS:
+        yield TARGETS[path]
+    elif key in TARGETS and _belongs(section, TARGETS[key]) and TARGETS[key] != path:
+        yield TARGETS[key]
+    elif key in PAIRS and _belongs(section, PAIRS[key][0]):
+        yield from PAIRS[key]
+
+
+def _belongs(section: str, target: str) -> bool:
+    return section in ("", target.rpartition(".")[0])

@@ -1,0 +1,258 @@
+"""Everything that can be known before a run: packages, machine, model, data, scorers.
+
+Every check runs, whatever the others found. Starts no engine, no learner and no cluster, and
+writes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from grpo.errors import CoveyError, UserError
+from grpo.types import FinishReason, Group, Int32, Origin, Prompt, Rollout, Score, Span
+from orchestration.check_model import model_facts, vocabulary_fits
+from orchestration.config import Recipe
+from orchestration.placement import shortage, total
+from orchestration.prompts import PromptSet, PromptTokenizer, load_prompts
+from orchestration.roles import local_recipe
+from orchestration.versions import software_versions
+from reward_services.config import ScorerConfig
+from reward_services.rules import built_rule
+from reward_services.service import ScorerService
+from rollout_workers.tokenization import Tokenization
+
+SAMPLE_TEXT = "answer: 12"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What one check found."""
+
+    name: str
+    ok: bool
+    detail: str
+
+    def line(self) -> str:
+        """For example `ok       data.train  8000 prompts`."""
+        first, *more = self.detail.split("\n")
+        head = f"{'ok' if self.ok else 'problem':8} {self.name:15} {first}"
+        return "\n".join([head, *(" " * 25 + line for line in more)])
+
+
+def checked(recipe: Recipe, *, local: bool = False) -> Iterator[Finding]:
+    """One finding per check, in the order in which a run would meet them."""
+    recipe = local_recipe(recipe) if local else recipe
+    yield from _tried("versions", lambda: _versions(recipe, local))
+    yield from _tried("machine", lambda: _machine(recipe, local))
+    model = list(_tried("model", lambda: model_facts(recipe.model, recipe.max_model_len)))
+    yield from model
+    tokenizers: list[Tokenization] = []
+    if Path(recipe.model).is_dir() or model[0].ok:  # else the hub would be asked again, in vain
+        yield from _tried("tokenizer", lambda: _tokenizer(recipe.model, tokenizers))
+    sets: list[PromptSet] = []
+    for setting in ("train", "evaluation"):
+        yield from _data(recipe, setting, tokenizers, sets)
+    yield from _tried("algorithm", lambda: _algorithm(recipe))
+    for scorer in recipe.scorers:
+        yield from _tried(f"scorer {scorer.name}", partial(_scorer, scorer, sets))
+
+
+def _tried(name: str, check: Callable[[], str | None]) -> Iterator[Finding]:
+    """The detail that a check returns, or the problem that it raises; None: nothing to say."""
+    try:
+        detail = check()
+    except CoveyError as error:
+        yield Finding(name=name, ok=False, detail=str(error))
+    else:
+        if detail is not None:
+            yield Finding(name=name, ok=True, detail=detail)
+
+
+def _versions(recipe: Recipe, local: bool) -> str:
+    needed = {"torch": "the learner", "transformers": "the tokenizer"}
+    if recipe.rollout.engine == "vllm":
+        needed["vllm"] = "rollout.engine: vllm (or set it to transformers)"
+    if recipe.learner.backend == "deepspeed":
+        needed["deepspeed"] = "learner.backend: deepspeed (or set it to torch)"
+    if "wandb" in recipe.trackers:
+        needed["wandb"] = "trackers: [wandb]"
+    if not local:
+        needed["ray"] = "a run through Ray (or add --local)"
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        lines = [f"{name} is not installed, but needed for {needed[name]}" for name in missing]
+        raise UserError("\n".join(lines))
+    found = software_versions()
+    return ", ".join(f"{name} {found[name]}" for name in found if name != "commit")
+
+
+def _machine(recipe: Recipe, local: bool) -> str:
+    cpus, gpus = total(recipe)
+    if os.environ.get("RAY_ADDRESS") and not local:
+        return f"needs {cpus:g} CPUs and {gpus:g} GPUs of the cluster at RAY_ADDRESS"
+    has_cpus, has_gpus = os.cpu_count() or 1, _num_gpus() if gpus else 0
+    # CPUs are shared out by the operating system: too few are slow, too few GPUs do not start.
+    if problem := shortage(recipe, {"CPU": max(cpus, has_cpus), "GPU": has_gpus}):
+        raise UserError(problem)
+    note = "" if cpus <= has_cpus else f" (fewer than the {cpus:g} asked for: roles will share)"
+    return f"{has_cpus} CPUs{note}, {has_gpus} GPUs" if gpus else f"{has_cpus} CPUs{note}"
+
+
+def _num_gpus() -> int:
+    import torch  # takes seconds, so only where a recipe asks for GPUs
+
+    return torch.cuda.device_count()
+
+
+def _tokenizer(model: str, tokenizers: list[Tokenization]) -> str:
+    tokenizer = Tokenization(model)
+    sample = tokenizer.encode_text(SAMPLE_TEXT)
+    if not len(sample):  # transformers makes an empty one for a known architecture
+        raise UserError(
+            f"model folder {model} holds no tokenizer: {SAMPLE_TEXT!r} gives no token; expected "
+            "tokenizer.json and tokenizer_config.json beside the weights"
+        )
+    vocabulary_fits(model, int(sample.max()), tokenizer.stop_ids)
+    tokenizers.append(tokenizer)
+    return f"ends answers with token {', '.join(map(str, tokenizer.stop_ids))}"
+
+
+class _NoTokenizer:
+    """Stands in where the model's own cannot be loaded, so that lines are checked all the same."""
+
+    def encode_prompt(self, prompt: object) -> Int32:
+        return np.zeros(1, np.int32)
+
+    def encode_text(self, text: str) -> Int32:
+        return np.zeros(0, np.int32)
+
+
+def _data(
+    recipe: Recipe, setting: str, tokenizers: Sequence[Tokenization], sets: list[PromptSet]
+) -> Iterator[Finding]:
+    data = recipe.data
+    source, split = data.train, data.split
+    if setting == "evaluation":
+        if data.evaluation is None:
+            return
+        source, split = data.evaluation, data.evaluation_split
+    tokenizer: PromptTokenizer = tokenizers[0] if tokenizers else _NoTokenizer()
+
+    def check() -> str:
+        loaded = load_prompts(
+            source,
+            data,
+            tokenizer,
+            max_prompt_length=recipe.sampling.max_prompt_length,
+            split=split,
+        )
+        seen = {prompt.text for earlier in sets for prompt in earlier.prompts}
+        sets.append(loaded)
+        return _data_facts(loaded, seen, bool(tokenizers)) + _references(recipe, loaded)
+
+    yield from _tried(f"data.{setting}", check)
+
+
+def _data_facts(loaded: PromptSet, seen: set[str], has_tokens: bool) -> str:
+    facts = [f"{len(loaded.prompts)} prompts"]
+    if has_tokens:
+        facts.append(f"the longest {max(len(p.tokens) for p in loaded.prompts)} tokens")
+    if loaded.num_dropped:
+        facts.append(f"{loaded.num_dropped} dropped as too long")
+    if shared := sum(p.text in seen for p in loaded.prompts):
+        facts.append(f"{shared} of them are training prompts too")
+    return ", ".join(facts)
+
+
+def _references(recipe: Recipe, loaded: PromptSet) -> str:
+    """Rules need a reference that they can read in every row."""
+    bad: list[str] = []
+    for scorer in recipe.scorers:
+        if scorer.rule is None:
+            continue
+        rule = built_rule(scorer)
+        for prompt in loaded.prompts:
+            if prompt.reference is None:
+                column = recipe.data.answer_column
+                bad.append(
+                    f"{prompt.id}: no answer, which scorer {scorer.name!r} compares with; "
+                    f"expected a column {column!r} (data.answer_column names it)"
+                )
+                continue
+            try:
+                rule("", prompt.reference)
+            except ValueError as error:
+                bad.append(f"{prompt.id}: {error}")
+    if bad:
+        more = [f"and {len(bad) - 5} more"] if len(bad) > 5 else []
+        raise UserError("\n".join([*bad[:5], *more]))
+    return ""
+
+
+def _algorithm(recipe: Recipe) -> str:
+    choice, groups = recipe.algorithm, recipe.num_prompts_per_step
+    return (
+        f"{choice.name}: {groups} groups of {recipe.num_generations} rollouts a step, "
+        f"{recipe.updates_per_step} update{'s' if recipe.updates_per_step > 1 else ''}, "
+        f"at most {recipe.max_staleness} steps stale"
+    )
+
+
+def _scorer(config: ScorerConfig, sets: Sequence[PromptSet]) -> str:
+    """Score the first prompt's right answer and a wrong one, as the run would."""
+    if not sets:
+        raise UserError("not tried, as no prompt could be read")
+    prompt = sets[0].prompts[0]
+    solution = prompt.columns["solution"] if "solution" in prompt.columns else None
+    right = solution if isinstance(solution, str) else f"answer: {prompt.reference}"
+    texts = ([] if prompt.reference is None else [right]) + ["no answer"]
+    scores = asyncio.run(_tried_scores(config, written(prompt, texts)))
+    if failed := next((s for s in scores if s.failure is not None), None):
+        raise UserError(
+            f"the function failed on prompt {prompt.id} with the completion "
+            f"{texts[failed.span.rollout]!r:.60}: {failed.failure}\n"
+            "expected a finite number, or None where it does not apply"
+        )
+    shown = [
+        f"{'no score' if s.value is None else f'{s.value:g}'} for {texts[s.span.rollout]!r:.40}"
+        for s in scores
+    ]
+    return ", ".join(shown)
+
+
+async def _tried_scores(config: ScorerConfig, group: Group) -> list[Score]:
+    service = ScorerService(config)
+    try:
+        await service.start()
+        spans = [Span(rollout=r.index, start=0, end=r.num_tokens) for r in group.rollouts]
+        return await service.score(group, spans)
+    finally:
+        await service.close()
+
+
+def written(prompt: Prompt, texts: Sequence[str]) -> Group:
+    """A group as if the policy had written these texts, one token a character."""
+    rollouts = tuple(
+        Rollout(
+            index=i,
+            context=prompt.tokens,
+            tokens=np.zeros(len(text), np.int32),
+            log_probs=np.zeros(len(text), np.float32),
+            origins=np.full(len(text), Origin.POLICY, np.uint8),
+            versions=np.zeros(len(text), np.int32),
+            text=text,
+            token_ends=cast(Int32, np.arange(1, len(text) + 1, dtype=np.int32)),
+            finish_reason=FinishReason.STOP,
+        )
+        for i, text in enumerate(texts)
+    )
+    return Group(id=0, prompt=prompt, rollouts=rollouts)

@@ -1,0 +1,257 @@
+"""Checkpoints of a run: written aside, sealed with a manifest, renamed into place, then marked.
+
+    RUN/checkpoints/step_40/     what the learner wrote, driver_state.json, manifest.json
+    RUN/checkpoints/latest       the name of the folder to continue from
+
+A folder whose manifest does not fit is never chosen. Refuses to know what the learner writes and
+what the algorithm's state means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from grpo.engines import Checkpointed
+from grpo.errors import Fatal, UserError
+from grpo.pipeline import State
+from orchestration.run_directory import write_json
+
+CHECKPOINTS = "checkpoints"
+LATEST_FILE = "latest"
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "driver_state.json"
+FORMAT = 1  # raise it when a DriverState of today could be misread by the code of yesterday
+HASH_THREADS = 4  # learners write a file per rank; one thread hashes about 0.7 GB/s
+_PREFIX = "step_"
+Files = dict[str, dict[str, int | str]]  # by path within the checkpoint: bytes and sha256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverState:
+    """What the driver needs to go on as if it had never stopped."""
+
+    step: int  # optimiser steps done
+    version: int  # of the weights that the learner holds
+    seed: int
+    next_group: int  # id of the next group that was never admitted
+    pending: tuple[int, ...] = ()  # admitted and not trained on yet: to be sampled again
+    prompts: Mapping[str, JsonValue] = field(default_factory=dict)  # the cursor over the data
+    algorithm: JsonValue = None  # `encoded_state` of the pipeline's state
+    counters: Mapping[str, int] = field(default_factory=dict)  # dropped groups by reason, ...
+    wall_s: Mapping[str, float] = field(default_factory=dict)  # by phase, over the whole run
+    tokens: Mapping[str, int] = field(default_factory=dict)  # generated, trained, ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointReport:
+    """What a checkpoint cost."""
+
+    path: Path
+    num_bytes: int
+    num_files: int
+    timings_s: Mapping[str, float]  # learner: it wrote; seal: checksums and flushing to disk
+
+
+def encoded_state(state: State) -> JsonValue:
+    """The algorithm's state as JSON; it must come back equal, or a resumed run would differ."""
+    if state is None:
+        return None
+    adapter = TypeAdapter(type(state))
+    value: JsonValue = adapter.dump_python(state, mode="json")
+    assert adapter.validate_json(json.dumps(value)) == state, f"{state!r} does not survive JSON"
+    return value
+
+
+def decoded_state(initial: State, value: JsonValue) -> State:
+    """The state that `encoded_state` wrote, of the type of the pipeline's initial state."""
+    if initial is None:
+        assert value is None, f"the algorithm keeps no state, the checkpoint holds {value!r}"
+        return None
+    state: State = TypeAdapter(type(initial)).validate_json(json.dumps(value))
+    return state
+
+
+async def save_checkpoint(
+    run: Path, step: int, learner: Checkpointed, state: DriverState, *, keep: int
+) -> CheckpointReport:
+    """Write `step_N`, mark it as the latest and keep only the `keep` newest of this run."""
+    assert keep >= 1
+    assert state.step == step
+    started = time.monotonic()
+    root = run / CHECKPOINTS
+    draft = root / f".{_PREFIX}{step}.draft"
+    await asyncio.to_thread(_empty, root, draft)
+    await learner.save(draft)
+    saved = time.monotonic()
+    if not any(draft.iterdir()):
+        raise Fatal(
+            f"the learner saved step {step}, but {draft} is empty where the driver runs: `output` "
+            "must name a folder that all nodes share"
+        )
+    final = root / f"{_PREFIX}{step}"
+    sizes = await asyncio.to_thread(_seal, draft, state)
+    await asyncio.to_thread(_put_in_place, draft, final)
+    sealed = time.monotonic()
+    await asyncio.to_thread(_delete_old, root, step, keep)
+    timings = {
+        "learner": saved - started,
+        "seal": sealed - saved,
+        "total": time.monotonic() - started,
+    }
+    return CheckpointReport(
+        path=final, num_bytes=sum(sizes), num_files=len(sizes), timings_s=timings
+    )
+
+
+async def load_checkpoint(folder: Path, learner: Checkpointed) -> DriverState:
+    """Verify every checksum, bring the learner to this point and return the driver's part."""
+    damage = await asyncio.to_thread(find_damage, folder, checksums=True)
+    if damage is not None:
+        raise UserError(
+            f"checkpoint {folder} is damaged: {damage}. "
+            "Name an older one: --resume RUN/checkpoints/step_N"
+        )
+    state = read_driver_state(folder)
+    await learner.load(folder)
+    return state
+
+
+def read_driver_state(folder: Path) -> DriverState:
+    """The driver's part of a checkpoint."""
+    path = folder / STATE_FILE
+    data = json.loads(path.read_text(encoding="utf-8"))
+    found = data.pop("format", None)
+    if found != FORMAT:
+        raise UserError(
+            f"{path} has format {found}, this version of covey reads format {FORMAT}; "
+            "continue with the version of covey that wrote it (see versions.json of the run)"
+        )
+    try:
+        return TypeAdapter(DriverState).validate_python(data)
+    except ValidationError as error:
+        raise UserError(f"{path} is not a driver state: {error}") from error
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The folder that `latest` names if it is whole, else the newest whole one, if there is one."""
+    root = run / CHECKPOINTS
+    names = [f"{_PREFIX}{step}" for step in sorted(_steps(root), reverse=True)]
+    marker = root / LATEST_FILE
+    if marker.exists():
+        marked = marker.read_text(encoding="utf-8").strip()
+        names.sort(key=lambda name: name != marked)  # stable: the others stay newest first
+    for name in names:
+        if find_damage(root / name, checksums=False) is None:
+            return root / name
+    return None
+
+
+def find_damage(folder: Path, *, checksums: bool) -> str | None:
+    """What differs from the manifest, None if nothing; sizes always, contents if asked."""
+    manifest = folder / MANIFEST_FILE
+    if not manifest.exists():
+        return f"there is no {MANIFEST_FILE} (the checkpoint was not completed)"
+    try:
+        files: Files = json.loads(manifest.read_text("utf-8"))["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST_FILE} cannot be read ({error})"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+    return _changed_contents(folder, files) if checksums else None
+
+
+def _empty(root: Path, draft: Path) -> None:
+    """An empty draft folder; what an interrupted save left behind goes."""
+    for leftover in root.glob(f".{_PREFIX}*"):
+        shutil.rmtree(leftover)
+    draft.mkdir(parents=True)
+
+
+def _seal(draft: Path, state: DriverState) -> list[int]:
+    """Write the driver's state, then the manifest of all files; everything is on disk after it."""
+    write_json(draft / STATE_FILE, {"format": FORMAT, **asdict(state)})
+    paths = sorted(path for path in draft.rglob("*") if path.is_file())
+    files = {
+        path.relative_to(draft).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, _digests(paths, flush=True), strict=True)
+    }
+    for folder in {path.parent for path in paths}:
+        _flush_folder(folder)
+    write_json(draft / MANIFEST_FILE, {"step": state.step, "files": files})
+    _flush_folder(draft)
+    return [path.stat().st_size for path in paths]
+
+
+def _put_in_place(draft: Path, final: Path) -> None:
+    """Rename, and only then let the marker name it."""
+    if final.exists():  # of a part of the run that was abandoned by resuming before it
+        final.rename(final.with_name(f".{final.name}.old"))
+    draft.rename(final)
+    _flush_folder(final.parent)
+    marker = final.parent / f".{LATEST_FILE}.draft"
+    marker.write_text(f"{final.name}\n", encoding="utf-8")
+    marker.replace(final.parent / LATEST_FILE)
+    _flush_folder(final.parent)
+
+
+def _delete_old(root: Path, step: int, keep: int) -> None:
+    """Keep the `keep` newest up to `step`; later ones belong to a part that was abandoned."""
+    kept = sorted(found for found in _steps(root) if found <= step)[-keep:]
+    for found in _steps(root) - set(kept):
+        # Without its manifest a half-deleted folder is never chosen.
+        (root / f"{_PREFIX}{found}" / MANIFEST_FILE).unlink(missing_ok=True)
+        shutil.rmtree(root / f"{_PREFIX}{found}")
+    for leftover in root.glob(f".{_PREFIX}*"):
+        shutil.rmtree(leftover)
+
+
+def _steps(root: Path) -> set[int]:
+    numbers = [path.name.removeprefix(_PREFIX) for path in root.glob(f"{_PREFIX}*")]
+    return {int(number) for number in numbers if number.isdigit()}
+
+
+def _changed_contents(folder: Path, files: Files) -> str | None:
+    for (name, expected), digest in zip(
+        files.items(), _digests([folder / name for name in files], flush=False), strict=True
+    ):
+        if digest != expected["sha256"]:
+            return f"the contents of {name} have changed"
+    return None
+
+
+def _digests(paths: Sequence[Path], *, flush: bool) -> list[str]:
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return list(pool.map(partial(_digest, flush=flush), paths))
+
+
+def _digest(path: Path, *, flush: bool) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if flush:
+            os.fsync(file.fileno())
+    return digest
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make renames within the folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,96 @@
+"""The files that a recipe names, found from wherever it was started. Looks, never opens."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STARTER_DATA = ("data", "starter")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w.-]+)?")
+
+
+def resolve_paths(data: dict[str, Any], folders: Sequence[Path]) -> list[tuple[str, str]]:
+    """Make every file of a recipe absolute, in place; returns (setting, problem) of those missing.
+
+    A relative path is looked for in the folders, in order.
+    """
+    problems: list[tuple[str, str]] = []
+    _resolve(data, "model", "model", folders, problems)
+    section = data.get("data")
+    if isinstance(section, dict):
+        for key in ("train", "evaluation"):
+            _resolve(section, key, f"data.{key}", folders, problems)
+    scorers = data.get("scorers")
+    for i, scorer in enumerate(scorers if isinstance(scorers, list) else ()):
+        if isinstance(scorer, dict):
+            _resolve_function(scorer, f"scorers.{i}.function", folders, problems)
+    return problems
+
+
+def _resolve(
+    section: dict[str, Any],
+    key: str,
+    path: str,
+    folders: Sequence[Path],
+    problems: list[tuple[str, str]],
+) -> None:
+    value = section.get(key)
+    if not isinstance(value, str):
+        return  # missing or of another type: the schema says so
+    found = _found(value, folders)
+    if found is not None:
+        section[key] = str(found)
+    elif not _may_be_hub_id(value, folders):
+        problems.append((path, f"found no {value!r}; {_remedy(value, folders)}"))
+
+
+def _resolve_function(
+    scorer: dict[str, Any],
+    path: str,
+    folders: Sequence[Path],
+    problems: list[tuple[str, str]],
+) -> None:
+    value = scorer.get("function")
+    if not isinstance(value, str):
+        return
+    file, _, name = value.rpartition(":")
+    if not file.endswith(".py"):
+        return  # a module, or a form that the schema refuses
+    found = _found(file, folders)
+    if found is None:
+        problems.append((path, f"found no {file!r}; {_remedy(file, folders)}"))
+    else:
+        scorer["function"] = f"{found}:{name}"
+
+
+def _found(value: str, folders: Sequence[Path]) -> Path | None:
+    path = Path(value).expanduser()
+    return next((p.resolve() for folder in folders if (p := folder / path).exists()), None)
+
+
+def _may_be_hub_id(value: str, folders: Sequence[Path]) -> bool:
+    """`Qwen/Qwen3-0.6B` may; `models/mine` beside a folder `models` is meant as a path."""
+    first, slash, _ = value.partition("/")
+    is_path = bool(slash) and any((folder / first).is_dir() for folder in folders)
+    return (
+        not is_path
+        and _HUB_ID.fullmatch(value) is not None
+        and Path(value).suffix not in (DATA_SUFFIXES)
+    )
+
+
+def _remedy(value: str, folders: Sequence[Path]) -> str:
+    for folder in folders:
+        parent = (folder / value).parent
+        names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+        if close := difflib.get_close_matches(Path(value).name, names, n=1):
+            return f"did you mean {Path(value).parent / close[0]}?"
+    if Path(value).parts[:2] == STARTER_DATA:
+        return "write the starter's data first: covey starter data"
+    looked = ", ".join(dict.fromkeys(str(folder) for folder in folders))
+    return f"looked in {looked}"

@@ -1,0 +1,146 @@
+"""From a group to its line in groups.jsonl: everything needed to ask later why it was what it was.
+
+Pure functions from records to JSON values; refuses to know files, clocks and which algorithm ran.
+Numbers are rounded to what they can mean, because a group of long answers is a megabyte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grpo.pipeline import RewardedGroup
+from grpo.types import Group, Origin, Prompt, Rollout, Score, TrainRow
+from orchestration.group_task import DroppedGroup, GroupTimes
+
+# Log-probabilities of engine and learner agree to about 1e-6 in float32 at best.
+LOG_PROB_DECIMALS = 6
+# Rewards, advantages and weights: what float32 holds with some room.
+SIGNIFICANT_DIGITS = 7
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+def trained_record(
+    rewarded: RewardedGroup,
+    rows: Sequence[TrainRow],
+    *,
+    terms: Sequence[str],
+    times: GroupTimes,
+    trained: float,
+) -> dict[str, Json]:
+    """A group that was trained on. `terms` names the columns of the rewards.
+
+    A rollout without a row among `rows` was left out of training and has no advantage or weight.
+    """
+    group = rewarded.group
+    row_of = {row.index: row for row in rows if row.group == group.id}
+    rollouts: list[Json] = []
+    for place, rollout in enumerate(group.rollouts):
+        record = _rollout_record(group, place)
+        values = zip(terms, rewarded.components[place].tolist(), strict=True)
+        record["rewards"] = {term: rounded(value) for term, value in values if value == value}
+        record["reward"] = rounded(float(rewarded.rewards[place]))
+        if rollout.index in row_of:
+            record["advantage"] = _one_or_all(row_of[rollout.index].advantages)
+            record["weight"] = _one_or_all(row_of[rollout.index].weights)
+        rollouts.append(record)
+    return {
+        "group": group.id,
+        "prompt": _prompt_record(group.prompt),
+        "times": {**_times_record(times), "trained": round(trained, 3)},
+        "rollouts": rollouts,
+    }
+
+
+def dropped_record(fallen: DroppedGroup) -> dict[str, Json]:
+    """A group that was not trained on: the reason, and as much of it as came to be."""
+    group = fallen.group
+    return {
+        "group": group.id,
+        "dropped": fallen.dropped.reason,
+        "detail": fallen.dropped.detail,
+        "prompt": _prompt_record(group.prompt),
+        "times": _times_record(fallen.times),
+        "rollouts": [_rollout_record(group, place) for place in range(len(group.rollouts))],
+    }
+
+
+def rounded(value: float) -> float | None:
+    """The value to seven significant digits; None where it is no number."""
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if np.isfinite(value) else None
+
+
+def _prompt_record(prompt: Prompt) -> dict[str, Json]:
+    return {
+        "id": prompt.id,
+        "text": prompt.text,
+        "reference": prompt.reference,
+        "domain": prompt.domain,
+        "num_tokens": len(prompt.tokens),
+    }
+
+
+def _times_record(times: GroupTimes) -> dict[str, Json]:
+    return {
+        "admitted": round(times.admitted, 3),
+        "generated": round(times.generated, 3),
+        "scored": round(times.scored, 3),
+    }
+
+
+def _rollout_record(group: Group, place: int) -> dict[str, Json]:
+    rollout = group.rollouts[place]
+    log_probs = np.round(rollout.log_probs.astype(np.float64), LOG_PROB_DECIMALS)
+    record: dict[str, Json] = {
+        "index": rollout.index,
+        "text": rollout.text,
+        "finish_reason": rollout.finish_reason.value,
+        "versions": _version_range(rollout),
+        "num_guidance_tokens": int((rollout.origins == Origin.GUIDANCE).sum()),
+        "tokens": rollout.tokens.tolist(),
+        "log_probs": log_probs.tolist(),
+    }
+    record.update(_score_records(group.scores, place, rollout.num_tokens))
+    if not np.array_equal(rollout.context, group.prompt.tokens):
+        record["context"] = rollout.context.tolist()
+    return record
+
+
+def _version_range(rollout: Rollout) -> list[Json] | None:
+    """Oldest and newest weights that sampled a token; None: nothing was sampled."""
+    sampled = rollout.versions[rollout.origins == Origin.POLICY]
+    return [int(sampled.min()), int(sampled.max())] if len(sampled) else None
+
+
+def _score_records(scores: Sequence[Score], place: int, num_tokens: int) -> Mapping[str, Json]:
+    """Whole-answer scores by scorer, span scores as [start, end, value], failures as text."""
+    whole: dict[str, Json] = {}
+    spans: dict[str, list[Json]] = {}
+    failures: dict[str, Json] = {}
+    for score in scores:
+        span = score.span
+        if span.rollout != place:
+            continue
+        value = None if score.value is None else rounded(score.value)
+        if score.failure is not None:
+            failures[score.scorer] = score.failure
+        elif span.start == 0 and span.end == num_tokens:
+            whole[score.scorer] = value
+        else:
+            spans.setdefault(score.scorer, []).append([span.start, span.end, value])
+    records: dict[str, Json] = {"scores": whole}
+    if spans:
+        records["span_scores"] = dict(spans)
+    if failures:
+        records["failures"] = failures
+    return records
+
+
+def _one_or_all(values: NDArray[np.float32]) -> Json:
+    """One number where all tokens share it, else one per token."""
+    if len(values) and (values == values[0]).all():
+        return rounded(float(values[0]))
+    return [rounded(value) for value in values.tolist()]

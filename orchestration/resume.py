@@ -1,0 +1,82 @@
+"""What `--resume` means: which run, which checkpoint, and whether the recipe is still the same.
+
+Refuses to know how a checkpoint is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo.errors import UserError
+from orchestration.checkpoint import CHECKPOINTS, LATEST_FILE, find_damage, latest_checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumePoint:
+    """The run to continue and the checkpoint to continue from."""
+
+    run: Path
+    checkpoint: Path
+
+
+def resolve_resume(argument: str, output: Path) -> ResumePoint:
+    """The run named by `--resume ARGUMENT`: its folder, one of its checkpoints, or its name."""
+    named = [Path(argument), output / argument]
+    path = next((path.resolve() for path in named if path.is_dir()), None)
+    if path is None:
+        raise UserError(f"--resume {argument}: there is no such run. {_known_runs(output)}")
+    if path.parent.name == CHECKPOINTS:
+        damage = find_damage(path, checksums=False)
+        if damage is not None:
+            raise UserError(f"--resume {argument}: checkpoint {path} cannot be used: {damage}")
+        return ResumePoint(run=path.parent.parent, checkpoint=path)
+    checkpoint = latest_checkpoint(path)
+    if checkpoint is None:
+        raise UserError(
+            f"--resume {argument}: {path} holds no complete checkpoint. The run ended before its "
+            "first one (`checkpoint.every` sets how often); start it anew without --resume"
+        )
+    return ResumePoint(run=path, checkpoint=checkpoint)
+
+
+def require_same_recipe(
+    saved: Mapping[str, object], given: Mapping[str, object], *, may_change: frozenset[str]
+) -> None:
+    """Refuse to continue a run under settings that would make its two parts incomparable.
+
+    `may_change` names settings (`steps`) or sections (`checkpoint`) that can differ.
+    """
+    before, now = _flat(saved), _flat(given)
+    changed = [
+        f"  {key}: was {before.get(key, 'absent')}, is {now.get(key, 'absent')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, "absent") != now.get(key, "absent")
+        and key not in may_change
+        and key.split(".")[0] not in may_change
+    ]
+    if changed:
+        raise UserError(
+            "the recipe differs from the one that the run began with:\n"
+            + "\n".join(changed)
+            + "\nUndo these changes to continue it, or start a new run without --resume "
+            f"(free to change: {', '.join(sorted(may_change))})"
+        )
+
+
+def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _known_runs(output: Path) -> str:
+    runs = sorted(path.parent.parent.name for path in output.glob(f"*/{CHECKPOINTS}/{LATEST_FILE}"))
+    if not runs:
+        return f"No run in {output} has a checkpoint"
+    return f"Runs with a checkpoint in {output}: {', '.join(runs[-5:])}"

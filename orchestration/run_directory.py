@@ -1,0 +1,227 @@
+"""The folder of one run: its settings, its two record files and its summary.
+
+Knows how files are created, appended and cut back; refuses to know what the records mean
+(`records.py`), how checkpoints are written (`checkpoint.py`) and what time it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TextIO
+
+import yaml
+
+from grpo.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+VERSIONS_FILE = "versions.json"
+METRICS_FILE = "metrics.jsonl"
+GROUPS_FILE = "groups.jsonl"
+SUMMARY_FILE = "summary.json"
+LOCK_FILE = ".lock"
+
+# Every line begins with its step, so that cutting back need not parse megabytes of tokens.
+_LINE_STEP = re.compile(rb'\{"step":(\d+)[,}]')
+# The folder's name is used in shells and URLs.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class RunStatus(StrEnum):
+    """How a run ended."""
+
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """What is left to say when a run is over; the content of summary.json."""
+
+    name: str
+    status: RunStatus
+    cause: str | None = None  # why it was interrupted or failed, in plain words
+    seed: int
+    steps: int  # optimiser steps done, earlier parts of a resumed run included
+    planned_steps: int
+    before: Mapping[str, object] | None = None  # EvalReport.as_json() of the starting model
+    after: Mapping[str, object] | None = None
+    wall_s: Mapping[str, float] = field(default_factory=dict)  # by phase
+    tokens: Mapping[str, int] = field(default_factory=dict)  # generated, trained, ...
+    dropped: Mapping[str, int] = field(default_factory=dict)  # groups by reason
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+class RunDirectory:
+    """Owns the record files of one run: nobody else writes to them while it is open.
+
+    Every line is in the kernel's hands once written: it outlives this process.
+    """
+
+    def __init__(self, path: Path, lock: TextIO) -> None:
+        self.path = path
+        self._lock = lock
+        self._metrics = _open_lines(path / METRICS_FILE)
+        self._groups = _open_lines(path / GROUPS_FILE)
+
+    @classmethod
+    def create(
+        cls,
+        output: Path,
+        name: str,
+        *,
+        now: datetime,
+        config: Mapping[str, object],
+        versions: Mapping[str, str],
+    ) -> RunDirectory:
+        """A new folder `output/NAME-YYYYmmdd-HHMMSS`; it appears with its settings or not at all.
+
+        `config` is the resolved recipe as plain YAML values: the file is itself a recipe.
+        """
+        if not _NAME.fullmatch(name):
+            raise UserError(
+                f"run name {name!r} cannot be part of a folder's name; use letters, digits, "
+                "'.', '_' and '-', beginning with a letter or digit"
+            )
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot create the output folder {output} ({error.strerror}); "
+                "set `output` to a folder that you may write to"
+            ) from error
+        stem = f"{name}-{now:%Y%m%d-%H%M%S}"
+        draft = output / f".{stem}.{os.getpid()}"
+        draft.mkdir()
+        try:
+            text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+            (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
+            write_json(draft / VERSIONS_FILE, dict(versions))
+            path = _claim(draft, output / stem)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        return cls(path, _locked(path))
+
+    @classmethod
+    def reopen(cls, path: Path, *, step: int) -> RunDirectory:
+        """Continue a run after `step`: later records go, because their steps will be done again."""
+        lock = _locked(path)
+        for file in (path / METRICS_FILE, path / GROUPS_FILE):
+            if file.exists():
+                _cut_back(file, step)
+        (path / SUMMARY_FILE).unlink(missing_ok=True)
+        return cls(path, lock)
+
+    def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl."""
+        self._metrics.write(encode_line(step, metrics))
+
+    def append_group(self, step: int, record: Mapping[str, object]) -> None:
+        """One line of groups.jsonl; `step` used the group, or was being filled when it fell out."""
+        self._groups.write(encode_line(step, record))
+
+    def write_summary(self, summary: RunSummary) -> None:
+        """Write summary.json; a reader sees the old file or the new one, never half of it."""
+        write_json(self.path / SUMMARY_FILE, asdict(summary))
+
+    def version_changes(self, versions: Mapping[str, str]) -> list[str]:
+        """What differs from the software that began the run: `torch 2.11.0 -> 2.13.0`, ..."""
+        text = (self.path / VERSIONS_FILE).read_text(encoding="utf-8")
+        before: dict[str, str] = json.loads(text)
+        names = sorted(before.keys() | versions.keys())
+        pairs = [(name, before.get(name, "none"), versions.get(name, "none")) for name in names]
+        return [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
+
+    def close(self) -> None:
+        """Close the record files; the run may be continued."""
+        self._metrics.close()
+        self._groups.close()
+        self._lock.close()
+
+
+def encode_line(step: int, record: Mapping[str, object]) -> str:
+    """One JSON line that begins with its step; numbers that are not finite are written as null."""
+    assert "step" not in record, "the step is given apart, so that it comes first"
+    line = {"step": step, **record}
+    try:
+        text = json.dumps(line, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    except ValueError:  # NaN and infinity are not JSON; rare, so only then pay for the walk
+        text = json.dumps(_finite(line), separators=(",", ":"), ensure_ascii=False)
+    return text + "\n"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file aside, flush it to disk and rename it into place."""
+    draft = path.with_name(f".{path.name}.draft")
+    with draft.open("w", encoding="utf-8") as file:
+        json.dump(_finite(value), file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _claim(draft: Path, wanted: Path) -> Path:
+    """Rename the draft to the wanted name, or to `-2`, `-3`, ... where runs share a second.
+
+    The rename itself is the test: it fails on a folder that is not empty, and a run's never is.
+    """
+    for attempt in range(1, 1000):
+        path = wanted if attempt == 1 else wanted.with_name(f"{wanted.name}-{attempt}")
+        try:
+            return draft.rename(path)
+        except OSError:
+            if not path.exists():
+                raise
+    raise UserError(f"{wanted} and 998 folders named after it exist; choose another run name")
+
+
+def _locked(path: Path) -> TextIO:
+    """Hold the run for this process; the lock goes with the process, however it ends."""
+    file = (path / LOCK_FILE).open("w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Any other error: a file system without locks, where two writers go unnoticed.
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            file.close()
+            raise UserError(
+                f"another process is writing to {path}: wait until it ends, or stop it"
+            ) from error
+    return file
+
+
+def _open_lines(path: Path) -> TextIO:
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def _cut_back(path: Path, step: int) -> None:
+    draft = path.with_name(f".{path.name}.draft")
+    with path.open("rb") as source, draft.open("wb") as target:
+        for line in source:
+            found = _LINE_STEP.match(line)
+            # A line without an end was being written when the process died.
+            if found is not None and line.endswith(b"\n") and int(found[1]) <= step:
+                target.write(line)
+    draft.replace(path)

@@ -1,0 +1,67 @@
+"""The process that runs one user function: requests on standard input, replies on standard output.
+
+The function runs in this process's main thread, because libraries that bound their own time with
+`signal.alarm` (math-verify does) fail silently in any other. Run by function_process.py only.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import sys
+import threading
+from typing import BinaryIO
+
+from grpo.errors import UserError
+from reward_services.frames import read_frame, write_frame
+from reward_services.user_functions import (
+    Batch,
+    Function,
+    judged,
+    loaded_function,
+    reason_of,
+)
+
+
+def main(spec: str) -> None:
+    """Load the function, say so, then answer one request after the other until the input ends."""
+    requests, replies = _own_pipes()
+    try:
+        function = loaded_function(spec)
+    except UserError as error:
+        write_frame(replies, pickle.dumps(("user_error", str(error))))
+        return
+    write_frame(replies, pickle.dumps(("ready", "")))
+    inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    reader = threading.Thread(target=_read, args=(requests, inbox), name="requests", daemon=True)
+    reader.start()
+    while True:
+        write_frame(replies, pickle.dumps(_answer(function, pickle.loads(inbox.get()))))
+
+
+def _answer(function: Function, batch: Batch) -> tuple[str, object]:
+    try:
+        return "verdicts", judged(function, batch)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises is its failure
+        return "failed", reason_of(error)
+
+
+def _read(requests: BinaryIO, inbox: queue.SimpleQueue[bytes]) -> None:
+    """Ends the process when its parent is gone, even while the function hangs."""
+    while (frame := read_frame(requests)) is not None:
+        inbox.put(frame)
+    os._exit(0)
+
+
+def _own_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Keep the two pipes, and give user code that prints or reads the usual streams instead."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

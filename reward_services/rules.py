@@ -1,0 +1,117 @@
+"""Rules that compare a completion's final answer with the reference: pure functions of two texts.
+
+They know nothing of groups or batches. A completion without an answer is wrong (0); a reference
+that cannot be read is the data set's mistake and raises ValueError.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from fractions import Fraction
+
+from reward_services.config import RuleName, ScorerConfig
+
+# The ways in which data sets and models mark a final answer. `answer` must open a line or follow
+# a word ("the answer is 7"), so that `canswer` is none.
+_MARKED = re.compile(
+    r"(?:\banswer\s*(?:is\s*:?|[:=])|####)\**\s*(?P<line>[^\n]*)"
+    r"|\\boxed\{(?P<boxed>[^{}]*(?:\{[^{}]*\}[^{}]*)*)\}",
+    re.IGNORECASE,
+)
+# A sign counts only where it cannot be a minus between two operands: "12-5" ends in 5.
+_NUMBER = re.compile(
+    r"(?:(?<![\w)])[-+])?"
+    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?(?:/\d+)?|\.\d+)"
+)
+_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+_THIN_SPACE = re.compile(r"\\[!,]")  # as LaTeX sets 10\,000
+_EDGES = " \t\r\n.,;:!\"'`*$"
+
+Rule = Callable[[str, str], float]  # (completion, reference) -> score
+
+
+def built_rule(config: ScorerConfig) -> Rule:
+    """The rule that a scorer's settings describe."""
+    assert config.rule is not None
+    compare = _COMPARISONS[config.rule]
+    pattern = re.compile(config.pattern) if config.pattern is not None else None
+
+    def rule(completion: str, reference: str) -> float:
+        expected = marked_answer(reference) or reference
+        return compare(_found_answer(completion, pattern, config), expected)
+
+    return rule
+
+
+def marked_answer(text: str) -> str | None:
+    """What follows the last marker: `"...\\nanswer: 42 apples"` -> `"42 apples"`."""
+    found = list(_MARKED.finditer(text))
+    if not found:
+        return None
+    last = found[-1]
+    if last["boxed"] is not None:
+        return last["boxed"].strip()
+    return marked_answer(last["line"]) or last["line"].strip()
+
+
+def stated_number(text: str) -> Fraction | None:
+    """The number that an answer states, exactly: `"x = 1,234.50 dollars a week"` -> 2469/2.
+
+    What follows the last "=" states the value, and its unit comes after it.
+    """
+    numbers = _numbers(text.rsplit("=", 1)[-1])
+    return numbers[0] if numbers else None
+
+
+def normalized(text: str) -> str:
+    """Case, accents' encoding, spaces and edge punctuation removed: `" Paris. "` -> `"paris"`."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_EDGES)
+
+
+def _found_answer(text: str, pattern: re.Pattern[str] | None, config: ScorerConfig) -> str | None:
+    """The part of a completion that counts as its answer; None: it gives none."""
+    if pattern is not None:
+        matches = list(pattern.finditer(text))
+        if not matches:
+            return None
+        return matches[-1].group(1 if pattern.groups else 0)
+    marked = marked_answer(text)
+    if marked is not None or config.require_marker:
+        return marked
+    if config.rule == "numeric":
+        numbers = _numbers(text)
+        return str(numbers[-1]) if numbers else None
+    lines = text.split("\n")
+    return next((line for line in reversed(lines) if line.strip()), None)
+
+
+def _is_equal_number(found: str | None, expected: str) -> float:
+    wanted = stated_number(expected)
+    if wanted is None:
+        raise ValueError(f"reference answer {expected!r} holds no number; use rule: exact")
+    return float(found is not None and stated_number(found) == wanted)
+
+
+def _is_equal_text(found: str | None, expected: str) -> float:
+    return float(found is not None and normalized(found) == normalized(expected))
+
+
+def _numbers(text: str) -> list[Fraction]:
+    plain = _THIN_SPACE.sub("", _FRACTION.sub(r"\1/\2", text)).replace("\u2212", "-")
+    matches = (m.group() for m in _NUMBER.finditer(plain))
+    return [number for m in matches if (number := _parsed(m)) is not None]
+
+
+def _parsed(text: str) -> Fraction | None:
+    try:
+        return Fraction(text.replace(",", ""))
+    except (ValueError, ZeroDivisionError):  # "1.5/2", "5/0"
+        return None
+
+
+_COMPARISONS: dict[RuleName, Callable[[str | None, str], float]] = {
+    "exact": _is_equal_text,
+    "numeric": _is_equal_number,
+}

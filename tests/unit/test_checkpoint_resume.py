@@ -1,0 +1,77 @@
+"""What `--resume` accepts, and what it answers to everything else."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from grpo.errors import UserError
+from orchestration.checkpoint import DriverState, save_checkpoint
+from orchestration.resume import ResumePoint, require_same_recipe, resolve_resume
+
+
+class NoLearner:
+    """Has nothing to save."""
+
+    async def save(self, folder: Path) -> None:
+        (folder / "weights").write_bytes(b"w")
+
+    async def load(self, folder: Path) -> None:
+        pass
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    run = tmp_path / "runs" / "demo-20260304-050607"
+    for step in (1, 2):
+        state = DriverState(step=step, version=step, seed=0, next_group=step)
+        asyncio.run(save_checkpoint(run, step, NoLearner(), state, keep=2))
+    return run
+
+
+def test_a_run_is_found_by_folder_and_by_name(run: Path) -> None:
+    expected = ResumePoint(run=run, checkpoint=run / "checkpoints" / "step_2")
+    assert resolve_resume(str(run), run.parent) == expected
+    assert resolve_resume(run.name, run.parent) == expected
+
+
+def test_one_checkpoint_of_a_run_can_be_named(run: Path) -> None:
+    older = run / "checkpoints" / "step_1"
+    assert resolve_resume(str(older), run.parent) == ResumePoint(run=run, checkpoint=older)
+
+
+def test_an_unknown_run_is_answered_with_the_runs_there_are(run: Path) -> None:
+    with pytest.raises(UserError, match=r"no such run.*demo-20260304-050607"):
+        resolve_resume("demo-2025", run.parent)
+
+
+def test_a_run_without_checkpoint_says_what_to_do(run: Path) -> None:
+    (run.parent / "young-run").mkdir()
+    with pytest.raises(UserError, match=r"no complete checkpoint.*without --resume"):
+        resolve_resume("young-run", run.parent)
+
+
+def test_a_damaged_checkpoint_that_was_named_is_not_replaced_by_another(run: Path) -> None:
+    named = run / "checkpoints" / "step_1"
+    (named / "weights").write_bytes(b"")
+    with pytest.raises(UserError, match="0 bytes instead of 1"):
+        resolve_resume(str(named), run.parent)
+
+
+def test_a_changed_recipe_is_refused_with_every_change() -> None:
+    saved = {"seed": 0, "steps": 60, "algorithm": {"name": "grpo", "beta": 0.0}}
+    given = {"seed": 1, "steps": 80, "algorithm": {"name": "grpo", "beta": 0.1}}
+    with pytest.raises(UserError) as caught:
+        require_same_recipe(saved, given, may_change=frozenset({"steps"}))
+    message = str(caught.value)
+    assert "seed: was 0, is 1" in message
+    assert "algorithm.beta: was 0.0, is 0.1" in message
+    assert "60" not in message
+
+
+def test_sections_that_do_not_touch_learning_may_change() -> None:
+    saved = {"checkpoint": {"every": 0, "keep": 2}, "seed": 0}
+    given = {"checkpoint": {"every": 10, "keep": 2}, "seed": 0}
+    require_same_recipe(saved, given, may_change=frozenset({"checkpoint"}))

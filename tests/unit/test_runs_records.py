@@ -1,0 +1,140 @@
+"""One line per group: what is in it, what is left out, and how numbers are written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+
+from grpo.pipeline import RewardedGroup
+from grpo.types import (
+    Dropped,
+    FinishReason,
+    Group,
+    Prompt,
+    Rollout,
+    Score,
+    Span,
+    TrainRow,
+)
+from orchestration.group_task import DroppedGroup, GroupTimes
+from orchestration.records import dropped_record, rounded, trained_record
+
+CONTEXT = np.array([7, 8], np.int32)
+PROMPT = Prompt(id="row-3", text="1+1", tokens=CONTEXT, reference="2", domain="sums")
+TIMES = GroupTimes(admitted=10.0, generated=11.23456, scored=12.0)
+
+
+def rollout(index: int, tokens: list[int], *, guidance: int = 0) -> Rollout:
+    size = len(tokens)
+    return Rollout(
+        index=index,
+        context=CONTEXT,
+        tokens=np.array(tokens, np.int32),
+        log_probs=np.full(size, -1 / 3, np.float32),
+        origins=np.array([1] * guidance + [0] * (size - guidance), np.uint8),
+        versions=np.array([-1] * guidance + [4] * (size - guidance - 1) + [5], np.int32),
+        text="2",
+        token_ends=np.ones(size, np.int32),
+        finish_reason=FinishReason.STOP,
+    )
+
+
+def row(rollout: Rollout, advantages: list[float]) -> TrainRow:
+    size = rollout.num_tokens
+    return TrainRow(
+        group=17,
+        index=rollout.index,
+        context=rollout.context,
+        tokens=rollout.tokens,
+        weights=np.full(size, 0.25, np.float32),
+        advantages=np.array(advantages, np.float32),
+        policy_weights=np.ones(size, np.float32),
+        behaviour_log_probs=rollout.log_probs,
+        versions=rollout.versions,
+        origins=rollout.origins,
+    )
+
+
+ROLLOUTS = (rollout(0, [5, 6, 9]), rollout(2, [5, 9], guidance=1))
+SCORES = (
+    Score(scorer="answer", span=Span(rollout=0, start=0, end=3), value=1.0),
+    Score(scorer="answer", span=Span(rollout=1, start=0, end=2), value=None),
+    Score(scorer="steps", span=Span(rollout=0, start=0, end=1), value=0.5),
+    Score(scorer="steps", span=Span(rollout=0, start=1, end=3), value=None, failure="it raised"),
+)
+GROUP = Group(id=17, prompt=PROMPT, rollouts=ROLLOUTS, scores=SCORES)
+
+
+def record(rows: list[TrainRow], components: list[list[float]]) -> dict[str, object]:
+    return trained_record(
+        RewardedGroup(group=GROUP, components=np.array(components)),
+        rows,
+        terms=["answer", "length"],
+        times=TIMES,
+        trained=13.0,
+    )
+
+
+def test_a_trained_group_is_recorded_with_rewards_advantages_and_weights() -> None:
+    rows = [row(ROLLOUTS[0], [0.7, 0.7, 0.7]), row(ROLLOUTS[1], [0.0, -0.5])]
+    first, second = record(rows, [[1.0, -0.25], [np.nan, -0.5]])["rollouts"]
+    assert first["rewards"] == {"answer": 1.0, "length": -0.25}
+    assert first["reward"] == 0.75
+    assert first["advantage"] == 0.7  # one number: all tokens share it
+    assert first["weight"] == 0.25
+    assert second["rewards"] == {"length": -0.5}  # a term that does not apply is absent
+    assert second["advantage"] == [0.0, -0.5]  # per token, because it differs
+    assert second["index"] == 2
+
+
+def test_a_rollout_that_was_left_out_of_training_has_no_advantage() -> None:
+    first, second = record([row(ROLLOUTS[0], [1, 1, 1])], [[1.0, 0.0], [0.0, 0.0]])["rollouts"]
+    assert "advantage" in first
+    assert "advantage" not in second
+    assert "weight" not in second
+
+
+def test_scores_of_answers_and_spans_and_failures_are_kept_apart() -> None:
+    first, second = record([], [[1.0, 0.0], [0.0, 0.0]])["rollouts"]
+    assert first["scores"] == {"answer": 1.0}
+    assert first["span_scores"] == {"steps": [[0, 1, 0.5]]}
+    assert first["failures"] == {"steps": "it raised"}
+    assert second["scores"] == {"answer": None}
+    assert "failures" not in second
+
+
+def test_versions_are_those_of_sampled_tokens_only() -> None:
+    first, second = record([], [[1.0, 0.0], [0.0, 0.0]])["rollouts"]
+    assert first["versions"] == [4, 5]
+    assert second["versions"] == [5, 5]  # its first token is guidance
+    assert second["num_guidance_tokens"] == 1
+
+
+def test_the_context_is_recorded_only_where_it_is_not_the_prompt() -> None:
+    hinted = replace(ROLLOUTS[0], context=np.array([7, 8, 3], np.int32))
+    group = replace(GROUP, rollouts=(hinted, ROLLOUTS[1]), scores=())
+    rewarded = RewardedGroup(group=group, components=np.zeros((2, 1)))
+    found = trained_record(rewarded, [], terms=["answer"], times=TIMES, trained=13.0)
+    assert found["rollouts"][0]["context"] == [7, 8, 3]
+    assert "context" not in found["rollouts"][1]
+
+
+def test_a_dropped_group_keeps_its_reason_and_what_came_to_be() -> None:
+    dropped = Dropped(group=17, prompt="row-3", reason="constant_outcome", detail="all 1.0")
+    found = dropped_record(DroppedGroup(group=GROUP, dropped=dropped, times=TIMES))
+    assert (found["dropped"], found["detail"]) == ("constant_outcome", "all 1.0")
+    assert found["prompt"]["id"] == "row-3"
+    assert [r["tokens"] for r in found["rollouts"]] == [[5, 6, 9], [5, 9]]
+
+
+def test_a_record_is_json_and_its_numbers_are_short() -> None:
+    text = json.dumps(record([], [[1.0, 0.0], [0.0, 0.0]]), allow_nan=False)
+    assert "-0.333333," in text  # float32's -1/3 would be -0.3333333432674408
+    assert "11.235" in text
+
+
+def test_rounding_keeps_seven_digits_of_small_numbers_and_makes_nan_absent() -> None:
+    assert rounded(1.23456789e-6) == 1.234568e-6
+    assert rounded(float("nan")) is None
