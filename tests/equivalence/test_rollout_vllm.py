@@ -96,6 +96,18 @@ def test_a_rollout_depends_on_its_seed_and_not_on_its_company(served: Served) ->
     assert together[0].tokens.tolist() != reseeded[0].tokens.tolist()
 
 
+def test_more_prompt_tokens_than_one_engine_step_takes_are_all_sampled(served: Served) -> None:
+    """64 different contexts of 200 tokens: a prompt cut in two once killed the engine."""
+    rng = np.random.default_rng(0)
+    wanted = [
+        replace(request, context=rng.integers(0, 256, 200).astype(np.int32))
+        for request in requests(64, max_tokens=3)
+    ]
+    rollouts = served.sample(wanted)
+    assert len(rollouts) == 64
+    assert largest_gap(policy(served.model, seed=0), rollouts[::16]) < 1e-4
+
+
 def test_guidance_comes_first_counts_and_is_not_the_policy_s(served: Served) -> None:
     rollouts = served.sample(requests(4, guidance=(65, 66, 67), max_tokens=10))
     for rollout in rollouts:

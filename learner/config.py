@@ -1,0 +1,79 @@
+"""Settings of the learner, under TRL's names where TRL has one.
+
+Light on purpose: importing it loads neither torch nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from grpo.config import Schema
+from grpo.types import DType
+
+
+class LearnerConfig(Schema):
+    """How the policy is held, cut into micro-batches and optimised."""
+
+    backend: Literal["deepspeed", "torch"] = Field(
+        "deepspeed", description="torch: plain PyTorch on one rank, nothing else to install"
+    )
+    ranks: int = Field(1, ge=1, description="processes that share the policy, one device each")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2,
+        description="what the ranks share out: 1 optimiser states, 2 gradients too, "
+        "3 parameters too; 0: nothing",
+    )
+    dtype: DType = Field(
+        "float32", description="of weights and activations; bfloat16 keeps float32 master weights"
+    )
+    publish_dtype: DType | None = Field(
+        None, description="of published weights, the rollout workers' dtype; null: same as dtype"
+    )
+    learning_rate: float = Field(1e-6, ge=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after warm-up; linear and cosine fall to 0 over the run's steps"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of the run with a rising learning rate")
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="gradients are scaled down to this norm; 0: never"
+    )
+    max_tokens_per_microbatch: int = Field(
+        8192,
+        ge=1,
+        description="tokens of one forward pass, padding included; a longer row goes alone",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, more time"
+    )
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    cpus_per_rank: int = Field(1, ge=1)
+    gpus_per_rank: Literal[0, 1] = Field(0, description="0: train on CPU")
+
+    @property
+    def rollout_dtype(self) -> DType:
+        """publish_dtype, or dtype where it is not set."""
+        return self.dtype if self.publish_dtype is None else self.publish_dtype
+
+    @model_validator(mode="after")
+    def _torch_is_one_rank(self) -> Self:
+        if self.backend == "torch" and self.ranks != 1:
+            raise ValueError(
+                f"backend torch runs on one rank, but ranks is {self.ranks}: "
+                "set backend: deepspeed, or ranks: 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bfloat16_accumulates_in_float32(self) -> Self:
+        if self.backend == "deepspeed" and self.dtype == "bfloat16" and self.zero_stage < 2:
+            raise ValueError(
+                f"zero_stage is {self.zero_stage}, but with dtype bfloat16 DeepSpeed accumulates "
+                "gradients in float32 from stage 2 on: set zero_stage: 2 (as good on one rank)"
+            )
+        return self

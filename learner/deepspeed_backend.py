@@ -1,0 +1,179 @@
+"""The policy in DeepSpeed, ZeRO 0 to 3. The only file that imports deepspeed.
+
+Refuses to know rows and losses. Every method is collective: all ranks call it together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from grpo.errors import Fatal
+from learner.config import LearnerConfig
+from learner.packing import Block
+from learner.policy import Policy, policy_inputs
+from learner.torch_backend import adamw
+from learner.weights import named_weights, to_cpu
+
+T = TypeVar("T")
+TAG = "state"  # the one checkpoint of a folder
+GATHER_ELEMENTS = 2**28  # parameters gathered at once under ZeRO-3: 1 GiB in float32
+BUCKET_ELEMENTS = 2**27  # gradients reduced at once; DeepSpeed allocates this much
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that waits longer has lost a peer
+
+
+class DeepSpeedBackend:
+    """One rank's part of the policy; the environment says which rank it is."""
+
+    def __init__(self, policy: Policy, config: LearnerConfig) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # DeepSpeed calls collectives by names that this torch has renamed: once per process, noise.
+        warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)
+        if config.gpus_per_rank:
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
+            # Compiling this op takes half a minute and a compiler; gloo does without.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._owns_group = not torch.distributed.is_initialized()
+        deepspeed.init_distributed(
+            dist_backend="nccl" if config.gpus_per_rank else "gloo",
+            timeout=COLLECTIVE_TIMEOUT,
+            verbose=False,
+        )
+        self._config = config
+        self._policy = policy
+        self._parameters = [weight for weight in policy.parameters() if weight.requires_grad]
+        self._engine, *_ = deepspeed.initialize(
+            model=policy,
+            optimizer=adamw(self._parameters, config),
+            config=engine_config(policy, config),
+        )
+        self._rank = torch.distributed.get_rank()
+        self._world_size = torch.distributed.get_world_size()
+
+    def forward(self, block: Block, *, with_entropy: bool) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = self._engine(
+            **policy_inputs(block, self.device), with_entropy=with_entropy
+        )
+        return outputs
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        # DeepSpeed averages gradients over ranks, but our losses are parts of one sum. It also
+        # divides by gradient_accumulation_steps, which is 1 whatever the number of micro-batches.
+        self._engine.backward(loss * self._world_size)
+
+    def step(self, learning_rate: float) -> float:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._config.zero_stage == 0:
+            return self._step_unsharded()
+        self._engine.step()
+        # ZeRO skips an update whose norm is not finite and then reports infinity.
+        return float(self._engine.get_global_grad_norm())
+
+    def _step_unsharded(self) -> float:
+        limit = self._config.max_grad_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(self._parameters, limit).item()
+        if norm < float("inf"):  # False for NaN
+            self._engine.step()
+        self._engine.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        total = values.to(self.device)
+        torch.distributed.all_reduce(total)
+        return total
+
+    def collect(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self._world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = {}
+        for names in self._buckets():
+            with self._gathered(list(names.values())):
+                if self._rank == 0:
+                    weights |= {name: to_cpu(weight, dtype) for name, weight in names.items()}
+        return weights
+
+    def save(self, folder: Path, *, steps_done: int) -> None:
+        self._engine.save_checkpoint(
+            str(folder), tag=TAG, client_state={"steps_done": steps_done}, save_latest=False
+        )
+
+    def load(self, folder: Path) -> int:
+        path, state = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise Fatal(
+                f"DeepSpeed found no checkpoint of {self._world_size} ranks and ZeRO stage "
+                f"{self._config.zero_stage} in {folder}: resume with the ranks and the zero_stage "
+                "that wrote it"
+            )
+        return int(state["steps_done"])
+
+    def close(self) -> None:
+        self._engine.destroy()
+        if self._owns_group:
+            torch.distributed.destroy_process_group()
+
+    def _buckets(self) -> Iterator[dict[str, Tensor]]:
+        """All weights by name, in order, GATHER_ELEMENTS or one weight at a time."""
+        bucket: dict[str, Tensor] = {}
+        num_elements = 0
+        for name, weight in named_weights(self._policy.model).items():
+            size = getattr(weight, "ds_numel", weight.numel())  # ZeRO-3 empties the tensor itself
+            if bucket and num_elements + size > GATHER_ELEMENTS:
+                yield bucket
+                bucket, num_elements = {}, 0
+            bucket[name] = weight
+            num_elements += size
+        yield bucket
+
+    def _gathered(self, weights: list[Tensor]) -> contextlib.AbstractContextManager[Any]:
+        if self._config.zero_stage < 3:
+            return contextlib.nullcontext()
+        parameters = [weight for weight in weights if isinstance(weight, nn.Parameter)]
+        return deepspeed.zero.GatheredParameters(parameters)
+
+
+def engine_config(policy: Policy, config: LearnerConfig) -> dict[str, Any]:
+    """What DeepSpeed is told; batch sizes are placeholders, since we own the micro-batches."""
+    num_elements = sum(weight.numel() for weight in policy.parameters())
+    bucket = min(num_elements, BUCKET_ELEMENTS)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would be compiled for a minute
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            # Keeps norms and biases whole on every rank, and nothing larger.
+            "stage3_param_persistence_threshold": 10 * policy.model.config.hidden_size,
+        },
+    }
+    if not config.gpus_per_rank:
+        settings["zero_optimization"]["overlap_comm"] = False  # gloo has no streams
+    if config.dtype == "bfloat16":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings

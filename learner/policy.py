@@ -1,0 +1,142 @@
+"""The policy as the learner sees it: a causal language model that answers with log-probabilities.
+
+Refuses to know the loss, the optimiser and how many ranks there are. Legend: B rows of a block,
+L its length, N completion tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from grpo.errors import UserError
+from learner.config import LearnerConfig
+from learner.packing import Block
+
+MAX_LOGITS = 2**26  # logits held at once: 256 MiB in float32
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # mean, of a log-probability
+
+
+class LogProbHead(nn.Module):
+    """The output layer, fused with log-softmax so that [N, V] never exists as a whole.
+
+    One call per forward pass whatever N is: under ZeRO-3 each call gathers the weights on all
+    ranks together, so a number of calls that differed between ranks would hang.
+    """
+
+    def __init__(self, head: nn.Linear, *, temperature: float) -> None:
+        super().__init__()
+        self.weight = head.weight  # the same Parameter: tied embeddings stay tied
+        self.bias = head.bias
+        self.temperature = temperature
+        self.chunk_tokens = max(1, MAX_LOGITS // head.weight.shape[0])
+
+    def forward(self, hidden: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
+        """hidden [N, H], targets [N] -> log-probabilities [N] and, if asked for, entropy [N]."""
+        pieces = list(
+            zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True)
+        )
+        if len(pieces) == 1 or not torch.is_grad_enabled():
+            outputs = [self._chunk(*piece, with_entropy) for piece in pieces]
+        else:
+            outputs = [
+                checkpoint(self._chunk, *piece, with_entropy, use_reentrant=False)
+                for piece in pieces
+            ]
+        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+    def _chunk(self, hidden: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
+        logits = functional.linear(hidden, self.weight, self.bias).float() / self.temperature
+        log_probs = logits.log_softmax(-1)
+        chosen = log_probs.gather(-1, targets[:, None]).squeeze(-1)
+        if not with_entropy:
+            return (chosen,)
+        return chosen, -(log_probs.exp() * log_probs).sum(-1)
+
+
+class Policy(nn.Module):
+    """A causal language model whose output layer is a LogProbHead."""
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float) -> None:
+        super().__init__()
+        head = model.get_output_embeddings()
+        assert isinstance(head, nn.Linear), f"the output layer is a {type(head).__name__}"
+        self.model = model
+        self.model.set_output_embeddings(LogProbHead(head, temperature=temperature))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        predictors: Tensor,
+        targets: Tensor,
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """The fields of a Block -> log-probabilities [N] and, if asked for, entropy [N].
+
+        Without an attention mask and a cache, transformers reads from `position_ids` where a
+        sequence starts and masks attention across it.
+        """
+        decoder = self.model.get_decoder()
+        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1)[predictors]
+        head = self.model.get_output_embeddings()
+        return cast(tuple[Tensor, ...], head(hidden, targets, with_entropy))
+
+
+def policy_inputs(block: Block, device: torch.device) -> dict[str, Tensor]:
+    """The arguments of Policy.forward."""
+    return {
+        "input_ids": block.input_ids.to(device),
+        "position_ids": block.position_ids.to(device),
+        "predictors": block.predictors.to(device),
+        "targets": block.targets.to(device),
+    }
+
+
+def load_policy(model: str, config: LearnerConfig, *, temperature: float) -> Policy:
+    """Read a model from a folder or the hub, on CPU, and verify that rows may be packed."""
+    disable_progress_bar()  # a bar per rank says nothing
+    dtype = getattr(torch, config.dtype)
+    settings = AutoConfig.from_pretrained(model)
+    for name, value in settings.to_dict().items():
+        # A dropped-out policy is not the one that sampled: its ratio would be noise.
+        if "drop" in name and isinstance(value, float):
+            setattr(settings, name, 0.0)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, config=settings, dtype=dtype, attn_implementation=config.attn_implementation
+    )
+    if config.gradient_checkpointing:
+        loaded.gradient_checkpointing_enable({"use_reentrant": False})
+    refuse_unpackable(loaded, model)
+    return Policy(loaded, temperature=temperature).train()
+
+
+@torch.no_grad()
+def refuse_unpackable(model: PreTrainedModel, name: str) -> None:
+    """Compare two packed rows with the model's own answer to the second of them alone.
+
+    Catches models that see across rows (recurrent layers) and models whose logits are more than
+    their output layer applied to the last hidden state (soft-capped or scaled logits).
+    """
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    tokens = torch.arange(1, 17).mul(7919).remainder(vocabulary)[None]  # arbitrary, all differ
+    positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
+    decoder = model.get_decoder()
+    hidden = decoder(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+    packed = model.get_output_embeddings()(hidden[:, 7:]).float().log_softmax(-1)
+    alone = model(input_ids=tokens[:, 7:], use_cache=False).logits.float().log_softmax(-1)
+    gap = (packed - alone).abs().mean().item()
+    if not gap <= PROBE_TOLERANCE[model.dtype]:
+        raise UserError(
+            f"model {name} ({type(model).__name__}) cannot be trained here: a row packed behind "
+            f"another gets log-probabilities that differ by {gap:.3g} from the model's own. Its "
+            "layers see across rows, or its logits are scaled after the output layer. Choose a "
+            "decoder with plain attention and an unscaled output layer (Qwen, Llama, Mistral)"
+        )

@@ -1,0 +1,114 @@
+"""The policy in plain PyTorch on one device. Refuses to know rows, losses and ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from learner.config import LearnerConfig
+from learner.packing import Block
+from learner.policy import Policy, policy_inputs
+from learner.weights import named_weights, to_cpu
+
+T = TypeVar("T")
+STATE_FILE = "state.pt"
+
+
+def adamw(parameters: list[nn.Parameter], config: LearnerConfig) -> torch.optim.AdamW:
+    """The optimiser of both backends; only matrices decay, not norms and biases."""
+    matrices = [weight for weight in parameters if weight.ndim > 1]
+    vectors = [weight for weight in parameters if weight.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+
+
+class TorchBackend:
+    """Float32 master weights beside the policy's; with dtype float32 they are the same."""
+
+    def __init__(self, policy: Policy, config: LearnerConfig) -> None:
+        self.device = torch.device("cuda" if config.gpus_per_rank else "cpu")
+        self._policy = policy.to(self.device)
+        self._max_grad_norm = config.max_grad_norm
+        self._weights = [weight for weight in policy.parameters() if weight.requires_grad]
+        self._masters = [
+            weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
+            for weight in self._weights
+        ]
+        self._optimizer = adamw(self._masters, config)
+
+    def forward(self, block: Block, *, with_entropy: bool) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = self._policy(
+            **policy_inputs(block, self.device), with_entropy=with_entropy
+        )
+        return outputs
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        loss.backward()
+        for weight, master in zip(self._weights, self._masters, strict=True):
+            if weight is master or weight.grad is None:
+                continue
+            gradient = weight.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            weight.grad = None
+
+    def step(self, learning_rate: float) -> float:
+        limit = self._max_grad_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(self._masters, limit).item()
+        if norm < float("inf"):  # False for NaN
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+            self._copy_masters()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        return values
+
+    def collect(self, value: T) -> list[T]:
+        return [value]
+
+    def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {
+            name: to_cpu(weight, dtype)
+            for name, weight in named_weights(self._policy.model).items()
+        }
+
+    def save(self, folder: Path, *, steps_done: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "steps_done": steps_done,
+            "masters": [master.detach() for master in self._masters],
+            "optimizer": self._optimizer.state_dict(),
+        }
+        torch.save(state, folder / STATE_FILE)
+
+    def load(self, folder: Path) -> int:
+        state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
+        with torch.no_grad():
+            for master, saved in zip(self._masters, state["masters"], strict=True):
+                master.copy_(saved)
+        self._copy_masters()
+        self._optimizer.load_state_dict(state["optimizer"])
+        return int(state["steps_done"])
+
+    def close(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        for weight, master in zip(self._weights, self._masters, strict=True):
+            if weight is not master:
+                weight.copy_(master)

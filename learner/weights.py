@@ -1,0 +1,75 @@
+"""Weights on their way out: a safetensors image for the rollout workers, a folder for users.
+
+Refuses to know the optimiser and the ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import save, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from grpo.types import DType, WeightBundle
+
+# What a model folder holds beside its weights: configuration, tokenizer, chat template.
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
+METADATA = {"format": "pt"}  # transformers refuses safetensors files without it
+
+
+def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and saved buffers under their names; a tied output layer is left out."""
+    saved = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def to_cpu(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy that no later step changes."""
+    target = dtype if weight.is_floating_point() else weight.dtype
+    return weight.detach().to("cpu", target, copy=True).contiguous()
+
+
+def as_saved(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names and in the shapes that transformers writes to files."""
+    return dict(revert_weight_conversion(model, weights))
+
+
+def bundle(weights: dict[str, Tensor], *, version: int) -> WeightBundle:
+    """One safetensors image of all weights."""
+    image = save(weights, METADATA)
+    return WeightBundle(
+        version=version,
+        payload=np.frombuffer(image, np.uint8),
+        checksum=zlib.crc32(image),
+    )
+
+
+def model_folder(model: str) -> Path:
+    """Where the files beside the weights lie; for a hub id they come from its cache."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    return Path(snapshot_download(model, allow_patterns=list(COMPANIONS)))
+
+
+def export(weights: dict[str, Tensor], folder: Path, *, model: str, dtype: DType) -> None:
+    """A folder that AutoModelForCausalLM and AutoTokenizer load."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", METADATA)
+    for pattern in COMPANIONS:
+        for file in model_folder(model).glob(pattern):
+            if not file.name.endswith(".index.json"):  # lists the shards of the source's weights
+                shutil.copyfile(file, folder / file.name)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype", None)  # the old name of the same entry
+    config["dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,209 @@
+"""Packing, micro-batches and log-probabilities: a row's numbers do not depend on its company."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+from grpo.errors import UserError
+from grpo.objective import loss_and_metrics
+from grpo.types import Origin, TrainRow
+from learner.packing import blocks, lines, pack, shares, weightless
+from learner.policy import load_policy, policy_inputs
+from learner.rank import algorithm_objective
+from learner.torch_backend import TorchBackend
+from learner.update import Trainee, loss_inputs, reference_log_probs
+from tests.unit.learner_cases import EVERYTHING, random_rows, torch_config, write_model
+
+TEMPERATURE = 0.8
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("reference"), seed=1)
+
+
+def trainee_of(model: str, other_model: str, max_tokens: int, **settings: object) -> Trainee:
+    config = torch_config(**settings)
+    return Trainee(
+        backend=TorchBackend(load_policy(model, config, temperature=TEMPERATURE), config),
+        objective=algorithm_objective(EVERYTHING),
+        reference=load_policy(other_model, config, temperature=TEMPERATURE),
+        max_tokens=max_tokens,
+        rank=0,
+        ranks=1,
+    )
+
+
+def loss_and_gradient(trainee: Trainee, rows: list[TrainRow]) -> tuple[float, torch.Tensor]:
+    micro_batches = trainee.blocks(rows)
+    total = 0.0
+    for place, block in enumerate(micro_batches):
+        inputs = loss_inputs(trainee, block, None, reference_log_probs(trainee, block))
+        loss, _ = loss_and_metrics(trainee.objective, inputs)
+        trainee.backend.backward(loss, is_last=place == len(micro_batches) - 1)
+        total += loss.item()
+    assert isinstance(trainee.backend, TorchBackend)
+    gradients = [weight.grad for weight in trainee.backend._policy.parameters()]
+    return total, torch.cat([grad.flatten() for grad in gradients if grad is not None])
+
+
+def log_probs_alone(model: str, row: TrainRow) -> torch.Tensor:
+    """[T] through transformers' own forward pass of this row alone."""
+    tokens = torch.from_numpy(np.concatenate([row.context, row.tokens]).astype(np.int64))
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    logits = loaded(tokens[None]).logits[0, len(row.context) - 1 : -1] / TEMPERATURE
+    return logits.log_softmax(-1).gather(-1, tokens[len(row.context) :, None])[:, 0]
+
+
+def test_a_packed_row_has_the_log_probabilities_of_the_row_alone(model: str) -> None:
+    rows = random_rows(9)
+    policy = load_policy(model, torch_config(), temperature=TEMPERATURE)
+    block = pack(rows)
+    assert len(block.input_ids) < len(rows)  # some line holds several rows
+    packed = policy(**policy_inputs(block, CPU))[0]
+    for place, row in enumerate(block.rows):
+        torch.testing.assert_close(
+            packed[block.row == place], log_probs_alone(model, row), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_entropy_is_that_of_the_tempered_distribution(model: str) -> None:
+    row = random_rows(1)[0]
+    policy = load_policy(model, torch_config(), temperature=TEMPERATURE)
+    entropy = policy(**policy_inputs(pack([row]), CPU), with_entropy=True)[1]
+    tokens = torch.from_numpy(np.concatenate([row.context, row.tokens]).astype(np.int64))
+    logits = AutoModelForCausalLM.from_pretrained(model)(tokens[None]).logits[0]
+    expected = torch.distributions.Categorical(logits=logits.double() / TEMPERATURE).entropy()
+    torch.testing.assert_close(
+        entropy.double(), expected[len(row.context) - 1 : -1], atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
+def test_micro_batch_size_changes_neither_loss_nor_gradient(
+    model: str, other_model: str, max_tokens: int
+) -> None:
+    rows = random_rows(13)
+    loss, gradient = loss_and_gradient(trainee_of(model, other_model, 80), rows)
+    other_loss, other_gradient = loss_and_gradient(trainee_of(model, other_model, max_tokens), rows)
+    assert other_loss == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(other_gradient, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_loss_and_gradient_add_up_over_rows_computed_one_by_one(
+    model: str, other_model: str
+) -> None:
+    rows = random_rows(7)
+    loss, gradient = loss_and_gradient(trainee_of(model, other_model, 10_000), rows)
+    alone = [loss_and_gradient(trainee_of(model, other_model, 10_000), [row]) for row in rows]
+    assert sum(value for value, _ in alone) == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(
+        torch.stack([value for _, value in alone]).sum(0), gradient, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_order_of_the_rows_does_not_matter(model: str, other_model: str) -> None:
+    rows = random_rows(13)
+    loss, gradient = loss_and_gradient(trainee_of(model, other_model, 60), rows)
+    other_loss, other_gradient = loss_and_gradient(trainee_of(model, other_model, 60), rows[::-1])
+    assert other_loss == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(other_gradient, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient(model: str, other_model: str) -> None:
+    rows = random_rows(6)
+    _, gradient = loss_and_gradient(trainee_of(model, other_model, 60), rows)
+    _, recomputed = loss_and_gradient(
+        trainee_of(model, other_model, 60, gradient_checkpointing=True), rows
+    )
+    torch.testing.assert_close(recomputed, gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_chunks_of_the_output_layer_change_no_gradient(model: str, other_model: str) -> None:
+    rows = random_rows(6)
+    whole = trainee_of(model, other_model, 10_000)
+    loss, gradient = loss_and_gradient(whole, rows)
+    chunked = trainee_of(model, other_model, 10_000)
+    assert isinstance(chunked.backend, TorchBackend)
+    chunked.backend._policy.model.get_output_embeddings().chunk_tokens = 5
+    chunked_loss, chunked_gradient = loss_and_gradient(chunked, rows)
+    assert chunked_loss == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(chunked_gradient, gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_first_fit_decreasing_fills_lines_up_to_the_longest_row() -> None:
+    # 5 sets the length; 4 and 3 open lines of their own, 2 fits behind 3.
+    assert lines([5, 3, 2, 4]) == [[0], [3], [1, 2]]
+    assert lines([7]) == [[0]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("max_tokens", [1, 30, 100, 10_000])
+def test_every_row_is_in_one_micro_batch_and_all_ranks_have_as_many(
+    ranks: int, max_tokens: int
+) -> None:
+    rng = np.random.default_rng(max_tokens + ranks)
+    lengths = rng.integers(1, 40, 23).tolist()
+    shared = shares(lengths, max_tokens=max_tokens, ranks=ranks)
+    placed = [index for rank in shared for part in rank for index in part]
+    assert sorted(placed) == list(range(23))
+    assert {len(rank) for rank in shared} == {len(shared[0])}
+    for part in (part for rank in shared for part in rank):
+        chosen = [lengths[index] for index in part]
+        assert len(part) <= 1 or len(lines(chosen)) * max(chosen) <= max_tokens
+
+
+def test_ranks_carry_about_the_same_number_of_tokens() -> None:
+    lengths = np.random.default_rng(0).integers(10, 100, 64).tolist()
+    shared = shares(lengths, max_tokens=400, ranks=2)
+    tokens = [sum(lengths[i] for part in rank for i in part) for rank in shared]
+    assert max(tokens) <= 1.1 * min(tokens)
+
+
+def test_a_rank_without_rows_computes_a_row_that_counts_for_nothing(
+    model: str, other_model: str
+) -> None:
+    row = random_rows(1)[0]
+    both = [blocks([row], max_tokens=100, rank=rank, ranks=2) for rank in (0, 1)]
+    assert [len(rank) for rank in both] == [1, 1]
+    assert both[0][0].rows == (row,)
+    idle = both[1][0].rows[0]
+    assert not idle.weights.any()
+    _, gradient = loss_and_gradient(trainee_of(model, other_model, 100), [weightless(row)])
+    assert not gradient.any()
+    assert (idle.origins == Origin.GUIDANCE).all()  # no token enters a metric
+
+
+def test_a_row_without_context_is_refused() -> None:
+    row = replace(random_rows(1)[0], context=np.zeros(0, np.int32))
+    with pytest.raises(ValueError, match="row 0 of group 0 has 0 context"):
+        blocks([row], max_tokens=100, rank=0, ranks=1)
+
+
+def test_a_model_whose_logits_are_soft_capped_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=0.1,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"Gemma2ForCausalLM.*cannot be trained here"):
+        load_policy(str(tmp_path), torch_config(), temperature=1.0)

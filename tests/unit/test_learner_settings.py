@@ -1,0 +1,73 @@
+"""The learner's configuration, learning rate schedule and environment."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from learner.config import LearnerConfig
+from learner.environment import rank_environment
+from learner.schedule import learning_rate_at
+
+
+def rates(config: LearnerConfig, total_steps: int) -> list[float]:
+    return [
+        learning_rate_at(step, total_steps=total_steps, config=config)
+        for step in range(total_steps)
+    ]
+
+
+def test_constant_rate_rises_over_the_warm_up_and_stays() -> None:
+    config = LearnerConfig(learning_rate=1.0, warmup_steps=4)
+    assert rates(config, 6) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_linear_rate_falls_by_equal_amounts() -> None:
+    config = LearnerConfig(learning_rate=1.0, lr_scheduler_type="linear", warmup_steps=1)
+    # One step of warm-up reaches 1; then (1 - k / 4) for k = 0..3.
+    assert rates(config, 5) == [1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+def test_cosine_rate_is_half_at_half_time() -> None:
+    config = LearnerConfig(learning_rate=2.0, lr_scheduler_type="cosine")
+    assert rates(config, 4)[0] == 2.0
+    assert rates(config, 4)[2] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_rate_is_zero_and_not_negative_beyond_the_planned_steps(kind: str) -> None:
+    config = LearnerConfig.model_validate({"learning_rate": 1.0, "lr_scheduler_type": kind})
+    assert learning_rate_at(9, total_steps=4, config=config) == pytest.approx(0.0)
+
+
+def test_torch_backend_on_two_ranks_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValidationError, match="set backend: deepspeed, or ranks: 1"):
+        LearnerConfig(backend="torch", ranks=2)
+
+
+def test_bfloat16_below_zero_2_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValidationError, match="set zero_stage: 2"):
+        LearnerConfig(dtype="bfloat16", zero_stage=1)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "local_rank"),
+    [(1, "3", "0"), (1, "0,1,2,3", "1"), (1, None, "5"), (0, None, "5")],
+)
+def test_local_rank_is_the_place_among_the_devices_in_sight(
+    gpus: int, visible: str | None, local_rank: str
+) -> None:
+    config = LearnerConfig.model_validate({"gpus_per_rank": gpus, "ranks": 8})
+    environment = rank_environment(
+        config, rank=5, world_size=8, master="10.0.0.1:2222", visible_devices=visible
+    )
+    assert environment["LOCAL_RANK"] == local_rank
+    assert (environment["RANK"], environment["WORLD_SIZE"]) == ("5", "8")
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "2222")
+
+
+def test_a_master_without_a_port_is_refused() -> None:
+    with pytest.raises(ValueError, match=r'master is "10\.0\.0\.1"'):
+        rank_environment(
+            LearnerConfig(), rank=0, world_size=1, master="10.0.0.1", visible_devices=None
+        )
