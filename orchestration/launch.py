@@ -81,6 +81,9 @@ class _Run:
                 total_steps=self._recipe.steps,
                 step=self._progress.step,
             )
+            if self._inputs.state is not None:
+                self._clock.totals.update(self._inputs.state.wall_s)
+                self._journal.dropped_by_reason.update(self._inputs.state.counters)
             return await self._summarised()
 
     def _run_directory(self) -> RunDirectory:

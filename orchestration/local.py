@@ -82,11 +82,13 @@ class LocalLearner:
         """
         self._rank = rank
         self._loading = loading
+        self._is_started = False
         self._busy = asyncio.Lock()  # the rank is no more thread-safe than an actor is
 
     async def start(self) -> None:
         async with self._loading:
             await self._call(self._rank.start)
+        self._is_started = True
 
     async def train(self, batch: TrainBatch) -> StepReport:
         return await self._call(lambda: self._rank.train(batch))
@@ -111,7 +113,8 @@ class LocalLearner:
         await self._call(lambda: self._rank.load(str(folder)))
 
     async def close(self) -> None:
-        await self._call(self._rank.close)
+        if self._is_started:  # else there is nothing to end, and an error to hear of first
+            await self._call(self._rank.close)
 
     async def _call(self, work: Callable[[], T]) -> T:
         async with self._busy:

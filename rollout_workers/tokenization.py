@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -30,6 +31,12 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
             f"model {kind} {model} holds no tokenizer that transformers can load ({error}); "
             "expected tokenizer.json and tokenizer_config.json beside the weights"
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # transformers builds an empty tokenizer for a folder that has a config.json but none.
+        raise UserError(
+            f"model {model} holds no tokenizer (no vocabulary was found); expected tokenizer.json "
+            "and tokenizer_config.json beside the weights"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {model} names no end-of-sequence token, so no completion could "
@@ -69,9 +76,12 @@ class Tokenization:
                 )
             return np.asarray(tokenizer(prompt)["input_ids"], np.int32)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise UserError(f"the model's chat template refuses the prompt: {error}") from error
         return self.encode_text(text)
 
     def encode_text(self, text: str) -> Int32:

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging as transformers_logging
 
 from grpo.errors import UserError, WeightMismatch, WorkerLost
 from grpo.types import LoadReport, Rollout, SampleRequest, WeightBundle
@@ -120,6 +121,7 @@ class _Decoder:
 
     def __init__(self, model: str, config: RolloutConfig, *, stop_ids: Sequence[int]) -> None:
         try:
+            transformers_logging.disable_progress_bar()  # the screen is the driver's
             self._model = AutoModelForCausalLM.from_pretrained(
                 model, dtype=getattr(torch, config.dtype)
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 from grpo.errors import UserError
 from rollout_workers.tokenization import Tokenization
@@ -105,6 +105,20 @@ def test_messages_without_a_template_are_refused(plain: Tokenization) -> None:
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{tmp_path} holds no tokenizer"):
         Tokenization(str(tmp_path))
+
+
+def test_a_folder_with_a_model_but_no_tokenizer_is_named(tmp_path: Path) -> None:
+    """transformers itself would build an empty tokenizer and say nothing."""
+    Qwen2Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        Tokenization(str(tmp_path))
+
+
+def test_what_the_chat_template_refuses_is_the_user_s_mistake(tmp_path: Path) -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    byte_tokenizer(chat_template=template).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="roles must alternate"):
+        Tokenization(str(tmp_path)).encode_prompt("hi")
 
 
 def test_every_end_token_of_the_generation_config_stops(tmp_path: Path) -> None:
