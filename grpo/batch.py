@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from grpo.errors import NonFinite
-from grpo.pipeline import PerToken, Pipeline, Reward, RewardedGroup, State
+from grpo.pipeline import PerToken, Pipeline, Reward, RewardedGroup, State, TokenWeight
 from grpo.rewards import is_constant, outcome_values, weighted_outcome
 from grpo.types import Bool, Float64, Group, TrainBatch, TrainRow
 
@@ -48,10 +48,12 @@ def build_batch(
     rewarded = tuple(_rewarded(pipeline, group, state) for group in groups)
     advantages = pipeline.advantage(rewarded, state)
     masks = [_trained(pipeline, group, state) for group in groups]
-    policy_weights = [_policy_weights(pipeline, group, state) for group in groups]
+    policy_weights = [_product(pipeline.token_weight, group, state) for group in groups]
+    loss_weights = [_product(pipeline.loss_weight, group, state) for group in groups]
     updates = []
     for part in _parts(len(groups), num_updates):
-        weights = pipeline.aggregation(masks[part])
+        means = zip(pipeline.aggregation(masks[part]), loss_weights[part], strict=True)
+        weights = [[a * b for a, b in zip(*pair, strict=True)] for pair in means]
         streams = zip(groups[part], weights, advantages[part], policy_weights[part], strict=True)
         updates.append(tuple(row for stream in streams for row in _rows(*stream)))
     return BuiltBatch(
@@ -80,9 +82,9 @@ def _trained(pipeline: Pipeline, group: Group, state: State) -> list[Bool]:
     return masks
 
 
-def _policy_weights(pipeline: Pipeline, group: Group, state: State) -> PerToken:
+def _product(token_weights: Sequence[TokenWeight], group: Group, state: State) -> PerToken:
     weights = [np.ones(rollout.num_tokens) for rollout in group.rollouts]
-    for token_weight in pipeline.token_weight:
+    for token_weight in token_weights:
         weights = [a * b for a, b in zip(weights, token_weight(group, state), strict=True)]
     return weights
 

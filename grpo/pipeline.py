@@ -7,7 +7,7 @@ it, when, and on which machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,6 @@ from grpo.types import (
     Dropped,
     Float64,
     Group,
-    Rollout,
     RolloutPlan,
     Span,
     StepReport,
@@ -44,12 +43,13 @@ class RewardedGroup:
 
 
 Plan = Callable[[Group, State], tuple[RolloutPlan, ...]]
-Spans = Callable[[str, Rollout], tuple[Span, ...]]  # (scorer, rollout) -> what it has to judge
+# (group so far, all scorers) -> what each has to judge next; asked until nothing is left to judge
+Spans = Callable[[Group, tuple[str, ...]], Mapping[str, tuple[Span, ...]]]
 Select = Callable[[Group, State], Group | Dropped]
 Reward = Callable[[Group, State], Float64]  # [G], NaN: does not apply
 Advantage = Callable[[Sequence[RewardedGroup], State], list[PerToken]]
 TrainedMask = Callable[[Group, State], list[Bool]]  # which tokens count, in numerator and mean
-TokenWeight = Callable[[Group, State], PerToken]  # scales the policy term, not the mean
+TokenWeight = Callable[[Group, State], PerToken]
 Aggregation = Callable[[Sequence[list[Bool]]], list[PerToken]]  # masks of an update -> coefficients
 Adapt = Callable[[State, Sequence[RewardedGroup], StepReport], State]
 
@@ -64,7 +64,9 @@ class Pipeline:
     rewards: tuple[Reward, ...]  # the K terms
     advantage: Advantage
     trained: tuple[TrainedMask, ...]  # a token is trained if every mask says so
-    token_weight: tuple[TokenWeight, ...]  # multiplied together
+    token_weight: tuple[TokenWeight, ...]  # scale the policy term; multiplied together
     aggregation: Aggregation
     adapt: Adapt
+    # Scale the whole loss of a token, penalties included, and leave the means as they are.
+    loss_weight: tuple[TokenWeight, ...] = ()
     initial_state: State = None

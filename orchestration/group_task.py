@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from grpo.engines import RolloutEngine, Scorer
 from grpo.errors import BadInput, Fatal
 from grpo.pipeline import Pipeline, State
-from grpo.types import Dropped, Group, Prompt, RolloutPlan, SampleRequest, Sampling, Score
+from grpo.types import Dropped, Group, Prompt, RolloutPlan, SampleRequest, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ async def run_group(
     try:
         group = await _sampled(common, group, state)
         generated = time.time()
-        group = replace(group, scores=await _scores(common, group))
+        group = await _scored(common, group)
         outcome = _failed_score(common, group) or _selected(common.pipeline, group, state)
     except BadInput as error:
         outcome = Dropped(
@@ -118,14 +118,21 @@ def _requests(
     ]
 
 
-async def _scores(common: GroupRecipe, group: Group) -> tuple[Score, ...]:
-    """Every scorer at once; the slowest decides."""
-    spans = common.pipeline.spans
-    asked = [
-        role.scorer.score(group, [span for r in group.rollouts for span in spans(name, r)])
-        for name, role in common.scorers.items()
-    ]
-    return tuple(score for scores in await asyncio.gather(*asked) for score in scores)
+async def _scored(common: GroupRecipe, group: Group) -> Group:
+    """Wave by wave, every scorer of a wave at once; a failed score ends the waves."""
+    names = tuple(common.scorers)
+    while any((wanted := common.pipeline.spans(group, names)).values()):
+        scores = await asyncio.gather(
+            *[
+                common.scorers[name].scorer.score(group, spans)
+                for name, spans in wanted.items()
+                if spans
+            ]
+        )
+        group = replace(group, scores=(*group.scores, *[s for part in scores for s in part]))
+        if any(score.failure is not None for score in group.scores):
+            break
+    return group
 
 
 def _failed_score(common: GroupRecipe, group: Group) -> Dropped | None:

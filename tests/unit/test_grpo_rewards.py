@@ -96,8 +96,11 @@ def test_independent_rollouts_are_asked_for_once_from_the_plain_prompt():
     assert independent(four(), None, num_generations=3) == ()
 
 
-def test_the_whole_answer_is_one_span():
-    assert whole_answer("any", rollout(2, 7)) == (Span(rollout=2, start=0, end=7),)
+def test_every_scorer_judges_every_whole_answer_once():
+    group = scored([rollout(0, 7), rollout(1, 2)])
+    spans = (Span(rollout=0, start=0, end=7), Span(rollout=1, start=0, end=2))
+    assert whole_answer(group, ("a", "b")) == {"a": spans, "b": spans}
+    assert whole_answer(scored([rollout(0, 7)], a=[1.0]), ("a", "b")) == {}
 
 
 def test_masks_leave_out_given_tokens_and_answers_that_were_cut_off():
