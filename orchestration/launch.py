@@ -59,6 +59,7 @@ class _Run:
         self._before: Mapping[str, object] | None = None
         self._after: Mapping[str, object] | None = None
         self._progress = inputs.progress()
+        self._replaced: Mapping[str, int] = {}
 
     async def train(self) -> int:
         """Open the run folder, train, and leave a summary whatever happens."""
@@ -225,6 +226,7 @@ class _Run:
             return await driver.run()
         finally:
             self._progress = driver.progress
+            self._replaced = roles.num_replaced
             loop.remove_signal_handler(signal.SIGINT)
             loop.remove_signal_handler(signal.SIGTERM)
 
@@ -270,6 +272,7 @@ class _Run:
             wall_s=dict(self._clock.totals),
             tokens={"generated": self._progress.num_tokens},
             dropped=dict(self._journal.dropped_by_reason),
+            replaced=self._replaced,
             versions=self._versions,
         )
 

@@ -109,6 +109,8 @@ async def started_roles(
             learner=make.learner,
         )
     finally:
+        for pool in (engine.pool, *[scorer.pool for scorer in scorers.values()]):
+            await pool.close()
         await make.close()
 
 
