@@ -38,6 +38,7 @@ from orchestration.waits import Waits
 from orchestration.weight_sync import log_prob_gap, sync_weights
 
 PROBE_GROUP = -1  # group id of the rollouts that only check the weight sync
+PROBE_ROLLOUTS = 4  # about a hundred tokens: a mean over fewer is noisy in bfloat16
 DROP_HISTORY_STEPS = 8  # the alarm looks at the groups of about this many steps
 
 
@@ -269,7 +270,7 @@ class Driver:
             gap = await self._waits.within(
                 self._schedule.sync_deadline_s,
                 f"check of version {version} with a fresh rollout",
-                log_prob_gap(self._learner, self._common.engine, [self._probe(step)]),
+                log_prob_gap(self._learner, self._common.engine, self._probe(step)),
             )
         if gap > self._schedule.max_log_prob_gap:
             raise WeightMismatch(
@@ -280,15 +281,18 @@ class Driver:
             )
         return gap
 
-    def _probe(self, step: int) -> SampleRequest:
-        return SampleRequest(
-            group=PROBE_GROUP,
-            index=0,
-            context=self._prompt_at(step).tokens,
-            guidance=np.zeros(0, np.int32),
-            sampling=self._common.sampling,
-            seed=rollout_seed(self._common.run_seed, PROBE_GROUP, step, 0),
-        )
+    def _probe(self, step: int) -> list[SampleRequest]:
+        return [
+            SampleRequest(
+                group=PROBE_GROUP,
+                index=index,
+                context=self._prompt_at(step).tokens,
+                guidance=np.zeros(0, np.int32),
+                sampling=self._common.sampling,
+                seed=rollout_seed(self._common.run_seed, PROBE_GROUP, step, index),
+            )
+            for index in range(PROBE_ROLLOUTS)
+        ]
 
 
 class _Finished(Exception):

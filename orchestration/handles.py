@@ -7,6 +7,7 @@ by object reference. Refuses to know algorithms and schedules.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,8 @@ MAX_CONCURRENT_CALLS = 10_000
 
 def connect(recipe: Recipe) -> bool:
     """Join the cluster of RAY_ADDRESS, or start one on this machine; True if it was started."""
+    # Authentication stays on, and Ray need not warn about it at every start.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, log_to_driver=False, logging_level="warning")

@@ -1,4 +1,4 @@
-"""Real `covey` processes for the tests: start them, read them line by line, look at what they leave."""
+"""Real `covey` processes for the tests: start them, read their lines, look at what they leave."""
 
 from __future__ import annotations
 
