@@ -1,0 +1,1 @@
+"""The starter world: arithmetic, its data, its tokenizer and its base model."""
