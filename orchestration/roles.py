@@ -109,8 +109,9 @@ async def started_roles(
             learner=make.learner,
         )
     finally:
-        for pool in (engine.pool, *[scorer.pool for scorer in scorers.values()]):
-            await pool.close()
+        await engine.pool.close()
+        for scorer in scorers.values():
+            await scorer.pool.close()
         await make.close()
 
 
