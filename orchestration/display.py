@@ -5,6 +5,8 @@ The only module beside the command line that writes to the screen; refuses to de
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +54,15 @@ TREND_STEPS = 60
 _BARS = [chr(code) for code in range(0x2581, 0x2589)]  # one eighth to full block
 
 
+class QuietWhenCut(Console):
+    """A console that falls silent when its reader leaves (`| head`): the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """rich would end the process here."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Display:
     """Owns the screen for the time of a run."""
 
@@ -74,7 +85,7 @@ class Display:
         cls, console: Console | None = None, *, now: Callable[[], float] = time.monotonic
     ) -> Iterator[Display]:
         """A display on the console, live if that is a terminal; the default is standard output."""
-        display = cls(console or Console(), now)
+        display = cls(console or QuietWhenCut(), now)
         if not display._console.is_terminal:
             yield display
             return

@@ -69,7 +69,7 @@ class Progress:
     next_group: int = 0
     pending: tuple[int, ...] = ()  # admitted before, not trained on: to be sampled again
     algorithm_state: State = None
-    num_tokens: int = 0
+    num_tokens: int = 0  # of all completions so far, those of dropped groups included
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,6 +109,10 @@ class Driver:
     ) -> None:
         """`prompt_at` is a pure function of the group id, so a resumed run sees the same data."""
         self.progress = progress
+        # False while the learner may be ahead of `progress`: then it must not be saved.
+        self.is_between_steps = True
+        self._num_sampled = progress.num_tokens
+        self._last_progress = 0.0  # when a group last finished or dropped, monotonic
         self._schedule = schedule
         self._common = common
         self._learner = learner
@@ -162,6 +166,8 @@ class Driver:
     async def _run_group(self, group_id: int) -> None:
         prompt = self._prompt_at(group_id)
         outcome = await run_group(self._common, group_id, prompt, self.progress.algorithm_state)
+        self._last_progress = time.monotonic()
+        self._num_sampled += sum(r.num_tokens for r in outcome.group.rollouts)
         if isinstance(outcome, FinishedGroup):
             self._drops.finished()
             await self._buffer.finish(group_id, outcome)
@@ -179,25 +185,34 @@ class Driver:
             except Closed:
                 await self._checkpoint(self.progress)
                 return False
+            self.is_between_steps = False
             await self._step(step, groups, started)
+            self.is_between_steps = True
             at_end = step == schedule.steps
-            if _due(step, schedule.evaluate_every) and not at_end:
-                await self._evaluate(step)
             if _due(step, schedule.checkpoint_every) or at_end:
                 await self._checkpoint(self.progress)
+            if _due(step, schedule.evaluate_every) and not at_end:
+                await self._evaluate(step)
         return True
 
     async def _take(self) -> list[FinishedGroup]:
+        """P groups; Stalled when none finishes or drops for the whole deadline."""
         count = self._schedule.groups_per_step
-        try:
-            return await self._waits.within(
-                self._schedule.take_deadline_s,
-                f"training: waiting for {count} finished groups",
-                self._buffer.take(count),
-            )
-        except DeadlineExceeded as error:
-            groups = ", ".join(map(str, self._buffer.in_progress)) or "none"
-            raise Stalled(f"{error}\n  groups in progress: {groups}") from error
+        self._last_progress = time.monotonic()
+        while True:
+            seen = self._last_progress
+            left = seen + self._schedule.take_deadline_s - time.monotonic()
+            try:
+                return await self._waits.within(
+                    left,
+                    f"training: waiting for {count} finished groups",
+                    self._buffer.take(count),
+                )
+            except DeadlineExceeded as error:
+                if self._last_progress > seen:
+                    continue
+                groups = ", ".join(map(str, self._buffer.in_progress)) or "none"
+                raise Stalled(f"{error}\n  groups in progress: {groups}") from error
 
     async def _step(self, step: int, groups: list[FinishedGroup], started: float) -> None:
         """Steps 8 to 12 in the life of a group."""
@@ -222,7 +237,7 @@ class Driver:
             next_group=self._buffer.next_group,
             pending=tuple(self._buffer.unfinished),
             algorithm_state=state,
-            num_tokens=self.progress.num_tokens + num_tokens,
+            num_tokens=self._num_sampled,
         )
         timings["step"] = time.monotonic() - started
         metrics = {**built.metrics, **report.metrics, **staleness(groups, trained_from)}
@@ -272,7 +287,7 @@ class Driver:
                 f"check of version {version} with a fresh rollout",
                 log_prob_gap(self._learner, self._common.engine, self._probe(step)),
             )
-        if gap > self._schedule.max_log_prob_gap:
+        if not gap <= self._schedule.max_log_prob_gap:  # NaN is no agreement
             raise WeightMismatch(
                 f"step {step}: rollout engine and learner differ by {gap:.2e} in the "
                 f"log-probability of a token, on average; alarms.log_prob_gap allows "

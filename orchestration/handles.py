@@ -42,6 +42,7 @@ from rollout_workers.worker import RolloutWorker
 
 # Groups that may wait in one worker at a time; the engine batches them itself.
 MAX_CONCURRENT_CALLS = 10_000
+CONNECT_TIMEOUT_S = 5.0
 
 
 def connect(recipe: Recipe) -> bool:
@@ -50,6 +51,7 @@ def connect(recipe: Recipe) -> bool:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     if address:
+        _require_listener(address)
         ray.init(address=address, log_to_driver=False, logging_level="warning")
     else:
         cpus, _ = total(recipe)
@@ -64,6 +66,20 @@ def connect(recipe: Recipe) -> bool:
         ray.shutdown()
         raise UserError(problem)
     return not address
+
+
+def _require_listener(address: str) -> None:
+    """Ray itself would try for minutes; an address without a port ("auto", "local") is its own."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"RAY_ADDRESS is {address}, but nothing answers there ({error}): start the cluster, "
+            "correct the address, or unset RAY_ADDRESS to use this machine alone"
+        ) from error
 
 
 def disconnect() -> None:
@@ -81,9 +97,17 @@ async def _answer(reference: Any) -> Any:
             raise cause from None
         raise Fatal(f"an actor raised {type(cause).__name__}: {cause}\n{error}") from error
     except ray.exceptions.RayActorError as error:
-        raise WorkerLost(f"the actor died: {error}") from error
+        raise WorkerLost(_in_short(error)) from error
     except ray.exceptions.RayError as error:
-        raise WorkerLost(f"the cluster failed: {error}") from error
+        raise WorkerLost(_in_short(error)) from error
+
+
+def _in_short(error: Exception) -> str:
+    """Ray's sentence about the cause, without ids and general advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines if "Worker exit" in line or "died" in line]
+    sentence = (causes or lines or [type(error).__name__])[-1 if causes else 0]
+    return sentence.partition(" Some common causes")[0]
 
 
 class RayRolloutWorker:

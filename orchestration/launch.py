@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
+import shutil
 from collections.abc import Mapping
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 
+from grpo.errors import CoveyError, Fatal, UserError
 from orchestration.checkpoint import (
     DriverState,
     encoded_state,
+    latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
@@ -28,6 +30,7 @@ from orchestration.journal import RunJournal
 from orchestration.roles import Roles, local_recipe, started_roles
 from orchestration.run_directory import RunDirectory, RunStatus, RunSummary, write_json
 from orchestration.run_inputs import RunInputs, read_inputs
+from orchestration.stops import StopSignals
 from orchestration.telemetry import ClockedEngine, PhaseClock, Telemetry
 from orchestration.versions import software_versions
 from orchestration.waits import Waits
@@ -60,10 +63,14 @@ class _Run:
         self._after: Mapping[str, object] | None = None
         self._progress = inputs.progress()
         self._replaced: Mapping[str, int] = {}
+        self._saved_step = self._progress.step
+        self._stops = StopSignals(display.message)
 
     async def train(self) -> int:
         """Open the run folder, train, and leave a summary whatever happens."""
+        self._stops.listen()
         with ExitStack() as open_files:
+            open_files.callback(self._stops.ignore)
             self._run = self._run_directory()
             open_files.callback(self._run.close)
             self._telemetry = Telemetry.open(
@@ -85,6 +92,8 @@ class _Run:
             if self._inputs.state is not None:
                 self._clock.totals.update(self._inputs.state.wall_s)
                 self._journal.dropped_by_reason.update(self._inputs.state.counters)
+                with suppress(OSError):
+                    self._before = json.loads((self._run.path / BEFORE_FILE).read_text("utf-8"))
             return await self._summarised()
 
     def _run_directory(self) -> RunDirectory:
@@ -113,16 +122,31 @@ class _Run:
                 status, cause = RunStatus.INTERRUPTED, "a stop was requested"
         except BaseException as raised:
             error = _root(raised)
+            if isinstance(error, UserError) and self._inputs.resume is None and not self._trained:
+                # The user's mistake: no folder of a run that never began.
+                shutil.rmtree(self._run.path, ignore_errors=True)
+                raise error from None
             if not isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
                 cause = str(error) or type(error).__name__
+                self._summarise(status, cause)
+                if isinstance(error, OSError):
+                    raise Fatal(f"the run folder cannot be written: {error}") from None
                 raise error from None
-            status, cause = RunStatus.INTERRUPTED, "stopped before training began"
-        finally:
-            self._run.write_summary(self._summary(status, cause))
+            status, cause = RunStatus.INTERRUPTED, f"stopped after step {self._progress.step}"
+        self._summarise(status, cause)
         if status is RunStatus.INTERRUPTED:
-            again = "" if self._progress.step == 0 else f"; continue with --resume {self._run.path}"
+            can_resume = latest_checkpoint(self._run.path) is not None
+            again = f"; continue with --resume {self._run.path}" if can_resume else ""
             self._display.message(f"stopped after step {self._progress.step}{again}")
         return 0 if status is RunStatus.FINISHED else 1
+
+    @property
+    def _trained(self) -> bool:
+        return self._progress.step > self._inputs.progress().step
+
+    def _summarise(self, status: RunStatus, cause: str | None) -> None:
+        with suppress(OSError):  # a full disk has been reported already
+            self._run.write_summary(self._summary(status, cause))
 
     async def _with_roles(self) -> bool:
         async with AsyncExitStack() as started:
@@ -135,6 +159,7 @@ class _Run:
                         on_phase=self._display.phase,
                     )
                 )
+            self._stops.listen()  # Ray has put its own handlers in their place
             return await self._train_with(roles)
 
     async def _train_with(self, roles: Roles) -> bool:
@@ -158,8 +183,6 @@ class _Run:
     async def _evaluate_before(self, roles: Roles) -> EvalReport | None:
         """A resumed run keeps the figures that it began with."""
         path = self._run.path / BEFORE_FILE
-        if path.exists():
-            self._before = json.loads(path.read_text(encoding="utf-8"))
         if self._inputs.state is not None or not self._inputs.held_out:
             return None
         before = await self._evaluated(roles, "before", 0)
@@ -218,23 +241,26 @@ class _Run:
             evaluate=evaluate_during,
             checkpoint=checkpoint,
         )
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self._stop, driver)
-        loop.add_signal_handler(signal.SIGTERM, self._stop, driver)
+        self._stops.polite = driver.request_stop
         self._display.phase("training")
         try:
             return await driver.run()
+        except BaseException as raised:
+            self._progress = driver.progress
+            if driver.is_between_steps and not isinstance(_root(raised), asyncio.CancelledError):
+                await self._rescue(roles)
+            raise
         finally:
+            self._stops.polite = None
             self._progress = driver.progress
             self._replaced = roles.num_replaced
-            loop.remove_signal_handler(signal.SIGINT)
-            loop.remove_signal_handler(signal.SIGTERM)
 
-    def _stop(self, driver: Driver) -> None:
-        self._display.message("stopping: the step in progress ends, then a checkpoint is written")
-        driver.request_stop()
-        # A second Ctrl-C does not wait for anything.
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+    async def _rescue(self, roles: Roles) -> None:
+        """Something else than the learner failed: keep what it has learnt, if it still answers."""
+        if self._progress.step > self._saved_step:
+            with suppress(CoveyError, OSError):
+                await self._save(roles, self._progress)
+                self._display.message(f"saved a checkpoint of step {self._progress.step}")
 
     async def _save(self, roles: Roles, progress: Progress) -> None:
         if progress.step == 0:
@@ -258,6 +284,7 @@ class _Run:
                 ),
                 keep=self._recipe.checkpoint.keep,
             )
+        self._saved_step = progress.step
 
     def _summary(self, status: RunStatus, cause: str | None) -> RunSummary:
         return RunSummary(

@@ -13,6 +13,7 @@ from pydantic import Field, SerializeAsAny, model_serializer, model_validator
 
 from grpo.algorithms import ALGORITHMS, Algorithm
 from grpo.config import AlgorithmConfig, Schema
+from grpo.surrogates import log_likelihood
 from grpo.types import Sampling
 from learner.config import LearnerConfig
 from reward_services.config import ScorerConfig
@@ -69,7 +70,7 @@ class EvaluationConfig(Schema):
 class CheckpointConfig(Schema):
     """When the training state is saved."""
 
-    every: int = Field(0, ge=0, description="steps; 0: at the end and on Ctrl-C only")
+    every: int = Field(50, ge=0, description="steps; 0: at the end and on Ctrl-C only")
     keep: int = Field(2, ge=1, description="checkpoints that stay on disk")
 
 
@@ -85,7 +86,10 @@ class AlarmConfig(Schema):
     dropped_rate: float = Field(
         0.95, gt=0, le=1, description="share of groups dropped before the run stops"
     )
-    stall_s: float = Field(600.0, gt=0, description="without progress, the run ends saying why")
+    worker_s: float = Field(
+        600.0, gt=0, description="a worker that takes longer for one call is replaced"
+    )
+    stall_s: float = Field(1200.0, gt=0, description="without progress, the run ends saying why")
 
 
 class AlgorithmChoice(Schema):
@@ -186,10 +190,28 @@ def combination_problems(recipe: Recipe) -> Iterator[str]:
             f"num_prompts_per_step is {prompts} and updates_per_step is {updates}: a step is cut "
             "by whole groups; choose a divisor of num_prompts_per_step"
         )
+    objective = recipe.algorithm.algorithm.objective(recipe.algorithm.settings)
+    if updates > 1 and objective.surrogate is log_likelihood:
+        yield (
+            f"updates_per_step is {updates}, but the loss of {recipe.algorithm.name} has no ratio "
+            "that would notice how far the policy has moved: set updates_per_step: 1"
+        )
     if recipe.sampling.temperature == 0:
         yield (
             "sampling.temperature is 0: all rollouts of a group would be equal and teach nothing; "
             "choose a value above 0, usually 1.0"
+        )
+    if recipe.sampling.top_p < 1 or recipe.sampling.top_k > 0:
+        yield (
+            f"sampling.top_p is {recipe.sampling.top_p:g} and sampling.top_k is "
+            f"{recipe.sampling.top_k}: a policy that is cut off when it is sampled is not the one "
+            "that is trained; set top_p: 1 and top_k: 0, and lower temperature instead"
+        )
+    if recipe.alarms.worker_s >= recipe.alarms.stall_s:
+        yield (
+            f"alarms.worker_s is {recipe.alarms.worker_s:g} and alarms.stall_s is "
+            f"{recipe.alarms.stall_s:g}: a worker that hangs must be replaced before the run is "
+            "given up; set worker_s to half of stall_s"
         )
     if not recipe.scorers:
         yield "scorers: found none; expected at least one, for example {name: answer, rule: exact}"

@@ -34,9 +34,12 @@ def resolve_resume(argument: str, output: Path) -> ResumePoint:
         return ResumePoint(run=path.parent.parent, checkpoint=path)
     checkpoint = latest_checkpoint(path)
     if checkpoint is None:
+        torn = sorted((path / CHECKPOINTS).glob("step_*"))
+        damage = f"{torn[-1].name}: {find_damage(torn[-1], checksums=False)}" if torn else ""
+        why = damage or "the run ended before its first one (`checkpoint.every` sets how often)"
         raise UserError(
-            f"--resume {argument}: {path} holds no complete checkpoint. The run ended before its "
-            "first one (`checkpoint.every` sets how often); start it anew without --resume"
+            f"--resume {argument}: {path} holds no complete checkpoint ({why}); "
+            "start the run anew without --resume"
         )
     return ResumePoint(run=path, checkpoint=checkpoint)
 

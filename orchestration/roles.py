@@ -42,12 +42,14 @@ class Roles:
     engine: RolloutPool
     scorers: Mapping[str, ScorerRole]
     learner: Learner
+    scorer_pools: Mapping[str, ScorerPool]
 
     @property
     def num_replaced(self) -> dict[str, int]:
         """Workers that were lost and replaced, by role."""
-        pools = [self.engine.pool]
-        return {pool.role: pool.num_replaced for pool in pools if pool.num_replaced}
+        pools = {"rollout worker": self.engine.pool.num_replaced}
+        pools |= {f"scorer {n}": pool.pool.num_replaced for n, pool in self.scorer_pools.items()}
+        return {role: count for role, count in pools.items() if count}
 
 
 def local_recipe(recipe: Recipe) -> Recipe:
@@ -71,7 +73,7 @@ async def started_roles(
     engine = RolloutPool(
         make.rollout_spawner,
         retries=WORKER_RETRIES,
-        deadline_s=recipe.alarms.stall_s,
+        deadline_s=recipe.alarms.worker_s,
         start_deadline_s=START_DEADLINE_S,
         waits=waits,
     )
@@ -83,7 +85,7 @@ async def started_roles(
                 make.scorer_spawners[config.name],
                 retries=config.retries,
                 # The service holds the deadline of every call; this one is for a lost service.
-                deadline_s=recipe.alarms.stall_s,
+                deadline_s=recipe.alarms.worker_s,
                 start_deadline_s=START_DEADLINE_S,
                 waits=waits,
             ),
@@ -107,6 +109,7 @@ async def started_roles(
                 for config in recipe.scorers
             },
             learner=make.learner,
+            scorer_pools=scorers,
         )
     finally:
         await engine.pool.close()

@@ -94,16 +94,16 @@ class RunDirectory:
                 f"run name {name!r} cannot be part of a folder's name; use letters, digits, "
                 "'.', '_' and '-', beginning with a letter or digit"
             )
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot create the output folder {output} ({error.strerror}); "
-                "set `output` to a folder that you may write to"
-            ) from error
         stem = f"{name}-{now:%Y%m%d-%H%M%S}"
         draft = output / f".{stem}.{os.getpid()}"
-        draft.mkdir()
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            draft.mkdir()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the output folder {output} ({error.strerror}); "
+                "set `output` to a folder that you may write to"
+            ) from error
         try:
             text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
             (draft / CONFIG_FILE).write_text(text, encoding="utf-8")

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo.errors import UserError
 from grpo.pipeline import Pipeline
 from grpo.types import Prompt
-from orchestration.checkpoint import DriverState, decoded_state, read_driver_state
+from orchestration.checkpoint import DriverState, decoded_state, find_damage, read_driver_state
 from orchestration.config import Recipe
 from orchestration.driver import Progress
 from orchestration.prompt_order import PromptOrder
@@ -50,8 +51,20 @@ def read_inputs(recipe: Recipe, resume: str | None) -> RunInputs:
     """Tokenizer, prompts, pipeline and resume point; UserError with what is wrong."""
     point = None if resume is None else resolve_resume(resume, Path(recipe.output))
     if point is not None:
+        damage = find_damage(point.checkpoint, checksums=True)
+        if damage is not None:
+            raise UserError(
+                f"checkpoint {point.checkpoint} is damaged: {damage}. "
+                "Name an older one: --resume RUN/checkpoints/step_N"
+            )
         saved = read_yaml(point.run / CONFIG_FILE).data
         require_same_recipe(saved, recipe.model_dump(mode="json"), may_change=FREE_TO_CHANGE)
+    state = None if point is None else read_driver_state(point.checkpoint)
+    if state is not None and state.step > recipe.steps:
+        raise UserError(
+            f"the run is at step {state.step} and steps is {recipe.steps}: there is nothing left "
+            "to train; raise steps to go on"
+        )
     choice = recipe.algorithm
     pipeline = choice.algorithm.pipeline(
         choice.settings,
@@ -75,5 +88,5 @@ def read_inputs(recipe: Recipe, resume: str | None) -> RunInputs:
         prompts=PromptOrder(train_set.prompts, seed=recipe.seed, shuffle=data.shuffle),
         held_out=held_out,
         resume=point,
-        state=None if point is None else read_driver_state(point.checkpoint),
+        state=state,
     )

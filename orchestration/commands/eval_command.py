@@ -15,20 +15,27 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
 
     # Loaded here, as `covey eval --help` must not wait for them.
+    from pydantic import ValidationError
     from rich.console import Console
 
+    from grpo.errors import UserError
     from orchestration.display import evaluation_table
     from orchestration.model_evaluation import evaluate_model
     from reward_services.config import ScorerConfig
     from rollout_workers.config import RolloutConfig
 
     name = options.function or options.rule
-    scorer = {"name": "answer", "function": options.function} if options.function else None
+    judge = {"function": options.function} if options.function else {"rule": options.rule}
+    try:
+        rollout = RolloutConfig(engine=options.engine, gpus_per_worker=options.gpus)
+        scorer = ScorerConfig.model_validate({"name": "answer", **judge})
+    except ValidationError as error:
+        raise UserError("\n".join(str(detail["msg"]) for detail in error.errors())) from error
     report = evaluate_model(
         options.model,
         options.data,
-        rollout=RolloutConfig(engine=options.engine, gpus_per_worker=options.gpus),
-        scorer=ScorerConfig.model_validate(scorer or {"name": "answer", "rule": options.rule}),
+        rollout=rollout,
+        scorer=scorer,
         split=options.split,
         samples=options.samples,
         num_prompts=options.prompts,
@@ -65,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
     parser.add_argument("--gpus", type=int, default=0, help="for the engine (0: CPU)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy (1.0)")
+    parser.add_argument("--temperature", type=_temperature, default=1.0, help="0: greedy (1.0)")
     parser.add_argument("--max-prompt-length", type=_count, default=512, help="tokens (512)")
     parser.add_argument("--max-completion-length", type=_count, default=512, help="tokens (512)")
     parser.add_argument("--seed", type=int, default=0)
@@ -77,4 +84,11 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"found {value}; expected at least 1")
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text}; expected 0 (greedy) or more")
     return value

@@ -36,6 +36,9 @@ def run(arguments: Sequence[str]) -> int:
     )
     options = parsed(parser, arguments)
     recipe = options.recipe or _recipe_of(options.resume)
+    if recipe is None and options.resume is not None:
+        remark(f"--resume {options.resume}: there is no run folder of that path")
+        return 2
     if recipe is None:
         parser.error("a RECIPE is needed, for example: covey train quickstart")
     resume = None if options.resume is None else Path(options.resume)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from collections import deque
+from pathlib import Path
 
 from rich.console import Console
 
@@ -128,3 +132,29 @@ def test_the_trend_runs_from_the_lowest_to_the_highest_bar() -> None:
 
 def test_durations_are_written_for_people() -> None:
     assert [duration(s) for s in (4.6, 65, 7799)] == ["5 s", "1 min 05 s", "2 h 09 min"]
+
+
+def test_a_reader_that_leaves_silences_the_display_and_does_not_end_the_run(tmp_path: Path) -> None:
+    """`covey train ... | head -1`: the pipe breaks at the second line."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, time\n"
+        "from orchestration.display import Display\n"
+        "with Display.open() as display:\n"
+        "    for number in range(2000):\n"
+        "        display.message(f'line {number} ' + 'x' * 200)\n"
+        "sys.stderr.write('reached the end')\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert run.stdout is not None
+    assert run.stderr is not None
+    run.stdout.readline()
+    run.stdout.close()
+    assert "reached the end" in run.stderr.read()
+    assert run.wait() == 0

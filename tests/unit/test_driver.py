@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from grpo.algorithms import ALGORITHMS
-from grpo.errors import Fatal, PromptTooLong, Stalled, WeightMismatch
+from grpo.errors import DeadlineExceeded, Fatal, PromptTooLong, Stalled, WeightMismatch
 from grpo.pipeline import Pipeline
 from grpo.types import LoadReport, Sampling, WeightRef
 from orchestration.driver import Driver, Progress, Schedule
@@ -272,6 +272,51 @@ def test_an_engine_that_hangs_is_named_when_the_deadline_passes() -> None:
     assert isinstance(error, Stalled)
     assert "waiting for 3 finished groups" in str(error)
     assert "groups in progress: 0, 1, 2" in str(error)
+
+
+def test_a_group_that_ends_begins_the_deadline_anew() -> None:
+    """The deadline passes twice while groups end one at a time; only silence is a stall."""
+
+    async def scenario() -> bool:
+        gate = asyncio.Event()
+        engine = FakeEngine(gate=gate)
+        setting = Setting(a_schedule(take_deadline_s=0.2, steps=1), engine=engine)
+        within = setting.driver._waits.within
+        expired = 0
+
+        async def expiring(seconds, name, awaitable):  # type: ignore[no-untyped-def]
+            """The first two waits for groups end at once, each after a group has ended."""
+            nonlocal expired
+            if "finished groups" in name and expired < 2:
+                expired += 1
+                awaitable.close()
+                setting.driver._last_progress += 1.0
+                raise DeadlineExceeded(name)
+            gate.set()
+            return await within(5.0, name, awaitable)
+
+        setting.driver._waits.within = expiring  # type: ignore[method-assign]
+        return await setting.driver.run() and expired == 2
+
+    assert asyncio.run(scenario())
+
+
+def test_a_checkpoint_is_written_before_the_evaluation_that_might_fail() -> None:
+    setting = Setting(a_schedule(checkpoint_every=2, evaluate_every=2))
+
+    async def failing(step: int) -> None:
+        raise Fatal("too many failed scores")
+
+    setting.driver._evaluate = failing
+    with pytest.raises(ExceptionGroup):
+        setting.run()
+    assert [progress.step for progress in setting.checkpoints] == [2]
+
+
+def test_tokens_of_dropped_groups_are_counted_as_sampled() -> None:
+    setting = Setting(a_schedule(steps=1), scorer=FakeScorer(failing=frozenset({1})))
+    setting.run()
+    assert setting.driver.progress.num_tokens == 4 * 4 * 4  # 4 groups, 4 rollouts, 4 tokens
 
 
 def test_rollout_seeds_differ_in_every_part_and_are_the_same_twice() -> None:
