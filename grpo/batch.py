@@ -56,11 +56,14 @@ def build_batch(
         weights = [[a * b for a, b in zip(*pair, strict=True)] for pair in means]
         streams = zip(groups[part], weights, advantages[part], policy_weights[part], strict=True)
         updates.append(tuple(row for stream in streams for row in _rows(*stream)))
+    metrics = _metrics(pipeline, rewarded, masks)
+    for own in pipeline.metrics:
+        metrics |= own(rewarded, state)
     return BuiltBatch(
         batch=TrainBatch(step=step, version=version, updates=tuple(updates)),
         rewarded=rewarded,
         advantages=tuple(_means(per_token) for per_token in advantages),
-        metrics=_metrics(pipeline, rewarded, masks),
+        metrics=metrics,
     )
 
 

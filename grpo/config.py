@@ -5,9 +5,9 @@ Light on purpose: importing it loads neither torch nor any engine.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Schema(BaseModel):
@@ -21,10 +21,15 @@ class AlgorithmConfig(Schema):
 
     num_generations: int = Field(8, ge=1, description="G, rollouts per prompt")
     beta: float = Field(0.0, ge=0, description="coefficient of the KL penalty to the reference")
-    kl_estimator: Literal["k2", "k3"] = Field(
+    kl_estimator: Literal["k2", "k3", "k3_plus", "k3_unbiased"] = Field(
         "k3",
         description="per-token estimate of KL(policy || reference); k1 is absent because as a "
         "loss its gradient has mean zero",
+    )
+    correction: Literal["tis", "mis"] = Field(
+        "tis",
+        description="tis: a weight above importance_cap becomes importance_cap; mis: a weight "
+        "outside importance_floor..importance_cap becomes 0 (IcePop: 0.5 and 5)",
     )
     importance_cap: float | None = Field(
         2.0,
@@ -32,4 +37,41 @@ class AlgorithmConfig(Schema):
         description="upper bound of the weight policy/behaviour that corrects stale or "
         "numerically different rollouts (truncated importance sampling); null: no correction",
     )
+    importance_floor: float | None = Field(
+        None, gt=0, description="lower bound of the weight with correction mis; null: none"
+    )
+    importance_level: Literal["token", "sequence", "geometric"] = Field(
+        "token",
+        description="what is bounded: the weight of a token, the product over an answer, or (mis "
+        "only) the geometric mean over an answer, which then only decides and weighs nothing",
+    )
+    off_policy_delta: float | None = Field(
+        None,
+        gt=0,
+        description="do not train on an answer of negative advantage once its tokens are less "
+        "likely than when sampled, by more than this mean log-ratio (0.5); null: off",
+    )
     entropy_coef: float = Field(0.0, ge=0, description="bonus for the entropy of the policy")
+
+    @model_validator(mode="after")
+    def _bounds_belong_to_the_correction(self) -> Self:
+        cap, floor = self.importance_cap, self.importance_floor
+        if self.correction == "tis" and floor is not None:
+            raise ValueError(
+                f"importance_floor is {floor:g}, but correction tis only bounds from above: "
+                "set correction: mis, or leave importance_floor null"
+            )
+        if self.correction == "tis" and self.importance_level == "geometric":
+            raise ValueError(
+                "importance_level is geometric, but a mean that is bounded weighs nothing: "
+                "set correction: mis, or importance_level: sequence"
+            )
+        if self.correction == "mis" and cap is None:
+            raise ValueError(
+                "correction is mis, but importance_cap null switches it off: give it a bound"
+            )
+        if cap is not None and floor is not None and floor >= cap:
+            raise ValueError(
+                f"importance_floor is {floor:g}, but it must lie below importance_cap = {cap:g}"
+            )
+        return self

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from grpo.objective import LossInputs
+    from grpo.objective import Gate, LossInputs
 
 MAX_LOG_RATIO = 20.0  # exp() of more overflows
 MAX_K3 = 10.0  # of a token; beyond it the estimate is noise and its gradient is dropped, as in verl
@@ -33,6 +33,34 @@ def k3(inputs: LossInputs) -> Tensor:
     """
     minus_d = (_reference(inputs) - inputs.log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (minus_d.exp() - 1.0 - minus_d).clamp(max=MAX_K3)
+
+
+def k3_plus(inputs: LossInputs) -> Tensor:
+    """The value of k3 with the gradient of k2: low variance and right in gradient (verl's k3+).
+
+    d = 0.3: 0.0408, gradient 0.3.
+    """
+    with_gradient = k2(inputs)
+    return k3(inputs).detach() + with_gradient - with_gradient.detach()
+
+
+def k3_unbiased(inputs: LossInputs) -> Tensor:
+    """k3 times policy now / policy at the start of the step (DeepSeek-V3.2, after TRL).
+
+    The ratio corrects for tokens that an older policy sampled; its gradient is part of the term.
+    """
+    log_ratio = inputs.log_probs - inputs.proximal_log_probs
+    return k3(inputs) * log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def weighted_k3(inputs: LossInputs, *, weight: Gate) -> Tensor:
+    """w u - log(w u) - 1 with u = reference / policy: k3 drawn towards policy = w * reference.
+
+    d = 0 and w = 1.4: 0.0635, not 0.
+    """
+    log_u = _reference(inputs) - inputs.log_probs + weight(inputs).detach().log()
+    log_u = log_u.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (log_u.exp() - 1.0 - log_u).clamp(max=MAX_K3)
 
 
 def entropy(inputs: LossInputs) -> Tensor:

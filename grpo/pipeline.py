@@ -52,6 +52,7 @@ TrainedMask = Callable[[Group, State], list[Bool]]  # which tokens count, in num
 TokenWeight = Callable[[Group, State], PerToken]
 Aggregation = Callable[[Sequence[list[Bool]]], list[PerToken]]  # masks of an update -> coefficients
 Adapt = Callable[[State, Sequence[RewardedGroup], StepReport], State]
+Metrics = Callable[[Sequence[RewardedGroup], State], Mapping[str, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,4 +70,5 @@ class Pipeline:
     adapt: Adapt
     # Scale the whole loss of a token, penalties included, and leave the means as they are.
     loss_weight: tuple[TokenWeight, ...] = ()
+    metrics: tuple[Metrics, ...] = ()  # what the algorithm itself wants plotted; changes nothing
     initial_state: State = None

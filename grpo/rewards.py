@@ -6,13 +6,17 @@ advantage. Shapes: G rollouts in a group.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 import numpy as np
 
 from grpo.pipeline import State
-from grpo.types import Float64, Group
+from grpo.types import Float64, Group, Origin, Rollout
 
 # Below this spread rewards are equal and what is left of them is round-off.
 CONSTANT_RANGE = 1e-8
+MIN_MEAN_REWARD = 1e-5  # of DISCO, as in its code
 
 
 def outcome_values(group: Group, *, scorer: str) -> Float64:
@@ -32,6 +36,71 @@ def weighted_outcome(group: Group, state: State, *, scorer: str, weight: float) 
     return weight * outcome_values(group, scorer=scorer)
 
 
+def total_outcome(group: Group, *, weights: Mapping[str, float]) -> Float64:
+    """Weighted sum of the raw outcomes; NaN where no scorer of weight other than 0 applies. [G]"""
+    columns = [w * outcome_values(group, scorer=name) for name, w in weights.items() if w != 0]
+    stacked = np.stack(columns)
+    return np.where(np.isnan(stacked).all(axis=0), np.nan, np.nansum(stacked, axis=0))
+
+
+def conditioned_outcome(
+    group: Group, state: State, *, scorer: str, weight: float, on: str, at_least: float
+) -> Float64:
+    """Weight times the score where another scorer gave at least so much, else 0. [G]
+
+    GDPO, arXiv:2601.05242 eq. 8. Scores 1, 1, 0, 1 on 0.2, 1, 1, 0 at least 1: 0, 1, 0, 0.
+    """
+    is_met = outcome_values(group, scorer=on) >= at_least
+    values = weighted_outcome(group, state, scorer=scorer, weight=weight)
+    return np.where(np.isnan(values) | is_met, values, 0.0)
+
+
+def scaled_by_domain(
+    group: Group,
+    state: State,
+    *,
+    weights: Mapping[str, float],
+    shares: Mapping[str, float],
+    form: Literal["log", "squared_log", "inverse"],
+) -> Float64:
+    """DISCO: reward * weight of the domain / (mean reward + 1e-5) (arXiv:2505.15074). [G]
+
+    The domain's weight is log(1 + 1/p), its square, or 1/p, p its share of the data; an unnamed
+    domain counts as average. A mean of 0 or less gives 0. Rewards 1, 0, 0, 1, p = 1/12, log:
+    2.5649 / 0.50001 = 5.1298, 0, 0, 5.1298.
+    """
+    rewards = total_outcome(group, weights=weights)
+    domain = group.prompt.domain
+    share = shares[domain] if domain in shares else 1 / max(len(shares), 1)
+    weight = {
+        "log": np.log1p(1 / share),
+        "squared_log": np.log1p(1 / share) ** 2,
+        "inverse": 1 / share,
+    }[form]
+    if np.isnan(rewards).all():
+        return rewards
+    mean = float(np.nanmean(rewards))
+    return rewards * (weight / (mean + MIN_MEAN_REWARD) if mean > 0 else 0.0)
+
+
+def discount_of_the_likely(
+    group: Group, state: State, *, weights: Mapping[str, float], coefficient: float, from_rank: int
+) -> Float64:
+    """Takes reward off answers that the policy found likely (arXiv:2506.02355). [G]
+
+    -reward * coefficient * (rank + from_rank) / G, where rank 0 has the lowest mean
+    log-probability and equal ones share their mean rank. from_rank 0 is the released code,
+    1 the paper. Rewards 1, 0, 1, 1, log-probabilities -0.2, -0.5, -0.9, -0.4, coefficient 0.25,
+    from_rank 0: -0.1875, 0, 0, -0.125.
+    """
+    means = np.array([_mean_log_prob(rollout) for rollout in group.rollouts], np.float64)
+    below = (means[None, :] < means[:, None]).sum(axis=1)
+    equal = (means[None, :] == means[:, None]).sum(axis=1)
+    ranks = below + (equal - 1) / 2
+    share: Float64 = (ranks + from_rank) / len(means)
+    return -coefficient * share * total_outcome(group, weights=weights)
+
+
 def soft_overlong(group: Group, state: State, *, max_tokens: int, cache_tokens: int) -> Float64:
     """DAPO's soft punishment of long answers (arXiv:2503.14476 eq. 13). [G]
 
@@ -44,3 +113,8 @@ def soft_overlong(group: Group, state: State, *, max_tokens: int, cache_tokens: 
     judged = {score.span.rollout for score in group.scores if score.value is not None}
     is_judged = np.array([place in judged for place in range(len(group.rollouts))], bool)
     return np.where(is_judged, penalty, np.nan)
+
+
+def _mean_log_prob(rollout: Rollout) -> float:
+    own = rollout.log_probs[rollout.origins == Origin.POLICY]
+    return float(own.mean(dtype=np.float64)) if len(own) else 0.0

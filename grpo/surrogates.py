@@ -42,3 +42,51 @@ def clipped(
         clipped_low=(advantages < 0) & (ratio < 1.0 - low),
         clipped_high=clipped_high,
     )
+
+
+def clipped_weight(
+    log_ratio: Tensor, inputs: LossInputs, *, low: float | None, high: float
+) -> Surrogate:
+    """CISPO: -(r held within [low, high], no gradient) A log(policy): no token loses its gradient.
+
+    `low` and `high` bound r itself: high 5 is TRL's cap, 0.8 and 1.28 are verl's clip range
+    (arXiv:2506.13585 eq. 4). r = 1.49, A = -1, log-probability -0.8, high 1.28: -1.024.
+    """
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().detach()
+    weight = ratio.clamp(min=low, max=high)
+    return Surrogate(
+        loss=-weight * inputs.advantages * inputs.log_probs,
+        clipped_low=ratio < weight,
+        clipped_high=ratio > weight,
+    )
+
+
+def soft_gated(
+    log_ratio: Tensor, inputs: LossInputs, *, tau_positive: float, tau_negative: float
+) -> Surrogate:
+    """SAPO: -(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A (arXiv:2511.20347).
+
+    The gradient is r A at r = 1 and fades smoothly on both sides; nothing is clipped. r = 1.5,
+    A = 1, tau 1: -2.4898, gradient -1.4100.
+    """
+    advantages = inputs.advantages
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    is_positive = (advantages > 0).to(advantages.dtype)
+    tau = tau_negative + (tau_positive - tau_negative) * is_positive
+    never = advantages.new_zeros(advantages.shape).bool()
+    return Surrogate(
+        loss=-4 / tau * (tau * (ratio - 1)).sigmoid() * advantages,
+        clipped_low=never,
+        clipped_high=never,
+    )
+
+
+def log_likelihood(log_ratio: Tensor, inputs: LossInputs) -> Surrogate:
+    """REINFORCE: -A log(policy), no ratio. Right for one update per step, biased after the first.
+
+    A = 1, log-probability -0.4: 0.4, gradient -1.
+    """
+    never = inputs.advantages.new_zeros(inputs.advantages.shape).bool()
+    return Surrogate(
+        loss=-inputs.advantages * inputs.log_probs, clipped_low=never, clipped_high=never
+    )

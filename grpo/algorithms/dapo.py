@@ -10,12 +10,17 @@ from functools import partial
 from pydantic import Field
 
 from grpo import adaptation, advantage, aggregation, plans, rewards, selection, spans, token_weights
-from grpo.algorithms.options import StandardizedConfig, clipped_objective, outcome_terms
+from grpo.algorithms.options import (
+    LengthRewardConfig,
+    StandardizedConfig,
+    clipped_objective,
+    reward_terms,
+)
 from grpo.objective import Objective
 from grpo.pipeline import Pipeline, Reward, Select, TrainedMask
 
 
-class Config(StandardizedConfig):
+class Config(StandardizedConfig, LengthRewardConfig):
     """Settings of DAPO with the paper's values; all but the token-level loss can be off."""
 
     num_generations: int = Field(16, ge=2, description="G, rollouts per prompt")
@@ -51,7 +56,7 @@ def pipeline(
         plan=partial(plans.independent, num_generations=config.num_generations),
         spans=spans.whole_answer,
         select=select,
-        rewards=outcome_terms(outcomes) + _length_terms(config, max_completion_length),
+        rewards=reward_terms(config, outcomes) + _length_terms(config, max_completion_length),
         advantage=partial(advantage.standardized, ddof=config.std_ddof, eps=config.std_eps),
         trained=trained,
         token_weight=(),

@@ -11,12 +11,17 @@ from collections.abc import Mapping
 from functools import partial
 
 from grpo import adaptation, advantage, aggregation, plans, spans, token_weights
-from grpo.algorithms.options import ClippedConfig, clipped_objective, outcome_terms
+from grpo.algorithms.options import (
+    ClippedConfig,
+    LengthRewardConfig,
+    clipped_objective,
+    reward_terms,
+)
 from grpo.objective import Objective
 from grpo.pipeline import Pipeline
 
 
-class Config(ClippedConfig):
+class Config(ClippedConfig, LengthRewardConfig):
     """Settings of Dr. GRPO; the paper trains without a KL penalty, hence `beta` 0."""
 
 
@@ -28,7 +33,7 @@ def pipeline(
         plan=partial(plans.independent, num_generations=config.num_generations),
         spans=spans.whole_answer,
         select=(),
-        rewards=outcome_terms(outcomes),
+        rewards=reward_terms(config, outcomes),
         advantage=advantage.centred,
         trained=(token_weights.policy_tokens_only,),
         token_weight=(),

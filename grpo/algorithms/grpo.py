@@ -10,12 +10,17 @@ from collections.abc import Mapping
 from functools import partial
 
 from grpo import adaptation, advantage, aggregation, plans, spans, token_weights
-from grpo.algorithms.options import StandardizedConfig, clipped_objective, outcome_terms
+from grpo.algorithms.options import (
+    LengthRewardConfig,
+    StandardizedConfig,
+    clipped_objective,
+    reward_terms,
+)
 from grpo.objective import Objective
 from grpo.pipeline import Pipeline
 
 
-class Config(StandardizedConfig):
+class Config(StandardizedConfig, LengthRewardConfig):
     """Settings of GRPO, with the defaults of TRL where the paper says less.
 
     `beta` stays 0, which is TRL's default today; the paper's own runs used 0.04.
@@ -30,7 +35,7 @@ def pipeline(
         plan=partial(plans.independent, num_generations=config.num_generations),
         spans=spans.whole_answer,
         select=(),
-        rewards=outcome_terms(outcomes),
+        rewards=reward_terms(config, outcomes),
         advantage=partial(advantage.standardized, ddof=config.std_ddof, eps=config.std_eps),
         trained=(token_weights.policy_tokens_only,),
         token_weight=(),

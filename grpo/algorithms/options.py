@@ -1,5 +1,5 @@
-"""What all members of the family accept beside their own idea: clip range, importance
-correction, KL penalty, entropy bonus, weights of the scorers.
+"""What members of the family share beside their own idea: clip range, importance correction, KL
+penalty, entropy bonus, weights of the scorers, length rewards, and the points they have in common.
 
 Refuses to know any algorithm.
 """
@@ -12,18 +12,60 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from grpo import gates, penalties, ratios, rewards, surrogates
+from grpo import (
+    adaptation,
+    gates,
+    length_rewards,
+    penalties,
+    plans,
+    ratios,
+    rewards,
+    selection,
+    spans,
+    surrogates,
+    token_weights,
+)
 from grpo.config import AlgorithmConfig
-from grpo.objective import Gate, Objective, Penalty, Signal
-from grpo.pipeline import Reward
+from grpo.objective import Gate, LogRatio, Objective, Penalty, Signal, SurrogateFn
+from grpo.pipeline import Advantage, Aggregation, Pipeline, Reward, Select
 
-KL_ESTIMATORS = {"k2": penalties.k2, "k3": penalties.k3}
+KL_ESTIMATORS = {
+    "k2": penalties.k2,
+    "k3": penalties.k3,
+    "k3_plus": penalties.k3_plus,
+    "k3_unbiased": penalties.k3_unbiased,
+}
+TRUNCATED = {
+    "token": gates.truncated_importance,
+    "sequence": gates.truncated_sequence_importance,
+}
+MASKED = {
+    "token": gates.masked_importance,
+    "sequence": gates.masked_sequence_importance,
+    "geometric": gates.geometric_filter,
+}
 
 
-class ClippedConfig(AlgorithmConfig):
-    """Settings of a member that compares the answers of a group and clips the ratio."""
+GROUP_LENGTH_REWARDS = {
+    "kimi": length_rewards.relative_length,
+    "shorter_better": length_rewards.distance_to_shortest_right,
+}
+BUDGET_LENGTH_REWARDS = {
+    "l1_exact": length_rewards.distance_to_budget,
+    "l1_max": length_rewards.within_budget,
+}
+LENGTH_COEFFICIENTS = {"kimi": 1.0, "shorter_better": 0.001, "l1_exact": 3e-4, "l1_max": 3e-4}
+
+
+class GroupConfig(AlgorithmConfig):
+    """Settings of a member that compares the answers of a group."""
 
     num_generations: int = Field(8, ge=2, description="G, rollouts per prompt; 1 has no baseline")
+
+
+class ClippedConfig(GroupConfig):
+    """Settings of a member that compares the answers of a group and clips the ratio."""
+
     epsilon: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped below 1 - epsilon")
     epsilon_high: float | None = Field(
         None, gt=0, description="the ratio is clipped above 1 + epsilon_high; null: epsilon"
@@ -49,7 +91,7 @@ class ClippedConfig(AlgorithmConfig):
         return self
 
 
-class StandardizedConfig(ClippedConfig):
+class DeviationConfig(GroupConfig):
     """Settings of a member that divides rewards by the standard deviation of their group.
 
     Papers say only "std"; the defaults are those of TRL.
@@ -59,17 +101,73 @@ class StandardizedConfig(ClippedConfig):
     std_eps: float = Field(1e-4, ge=0, description="added to the group's standard deviation")
 
 
-def clipped_objective(config: ClippedConfig) -> Objective:
-    """PPO-clip on token ratios with the corrections and penalties that the config switches on."""
+class StandardizedConfig(ClippedConfig, DeviationConfig):
+    """Settings of a member that divides by the deviation and clips the ratio."""
+
+
+class LengthRewardConfig(AlgorithmConfig):
+    """Settings of a member that can add a reward for the length of an answer.
+
+    Coefficients of shorter_better and of l1_max are remembered, not read in the papers.
+    """
+
+    length_reward: Literal["none", "kimi", "shorter_better", "l1_exact", "l1_max"] = Field(
+        "none", description="a reward term for length beside those of the scorers"
+    )
+    length_coef: float | None = Field(
+        None,
+        gt=0,
+        description="its coefficient; null: kimi 1, shorter_better 0.001 per token, l1_exact and "
+        "l1_max 0.0003 per token",
+    )
+    length_budget_column: str = Field(
+        "token_budget", description="column of the data with the budget of l1_exact and l1_max"
+    )
+
+
+def answer_pipeline(
+    config: AlgorithmConfig,
+    *,
+    rewards: tuple[Reward, ...],
+    advantage: Advantage,
+    aggregation: Aggregation,
+    select: tuple[Select, ...] = (),
+) -> Pipeline:
+    """Independent answers, judged as a whole, trained on every token that the policy wrote."""
+    return Pipeline(
+        plan=partial(plans.independent, num_generations=config.num_generations),
+        spans=spans.whole_answer,
+        select=select,
+        rewards=rewards,
+        advantage=advantage,
+        trained=(token_weights.policy_tokens_only,),
+        token_weight=(),
+        aggregation=aggregation,
+        adapt=adaptation.unchanged,
+    )
+
+
+def plain_objective(
+    config: AlgorithmConfig, *, surrogate: SurrogateFn, log_ratio: LogRatio = ratios.token_log_ratio
+) -> Objective:
+    """A surrogate with the corrections and penalties that the config switches on."""
     return Objective(
-        log_ratio=ratios.token_log_ratio,
-        surrogate=partial(
-            surrogates.clipped, low=config.epsilon, high=config.clip_high, delta=config.delta
-        ),
+        log_ratio=log_ratio,
+        surrogate=surrogate,
         gates=importance_gates(config),
         penalties=penalty_terms(config),
         needs=needed_signals(config),
     )
+
+
+def clipped_objective(
+    config: ClippedConfig, *, log_ratio: LogRatio = ratios.token_log_ratio
+) -> Objective:
+    """PPO-clip with the corrections and penalties that the config switches on."""
+    clip = partial(
+        surrogates.clipped, low=config.epsilon, high=config.clip_high, delta=config.delta
+    )
+    return plain_objective(config, surrogate=clip, log_ratio=log_ratio)
 
 
 def outcome_terms(outcomes: Mapping[str, float]) -> tuple[Reward, ...]:
@@ -87,11 +185,47 @@ def outcome_terms(outcomes: Mapping[str, float]) -> tuple[Reward, ...]:
     return terms
 
 
-def importance_gates(config: AlgorithmConfig) -> tuple[Gate, ...]:
-    """The correction for tokens that other weights or another engine sampled."""
-    if config.importance_cap is None:
+def reward_terms(config: LengthRewardConfig, outcomes: Mapping[str, float]) -> tuple[Reward, ...]:
+    """One term per scorer, and the length reward that the config switches on."""
+    return outcome_terms(outcomes) + length_terms(config, outcomes)
+
+
+def length_terms(config: LengthRewardConfig, outcomes: Mapping[str, float]) -> tuple[Reward, ...]:
+    """The length reward that the config switches on, if any."""
+    kind = config.length_reward
+    if kind == "none":
         return ()
-    return (partial(gates.truncated_importance, cap=config.importance_cap),)
+    coef = LENGTH_COEFFICIENTS[kind] if config.length_coef is None else config.length_coef
+    judges = judging(outcomes)
+    if kind in GROUP_LENGTH_REWARDS:
+        return (partial(GROUP_LENGTH_REWARDS[kind], weights=judges, coefficient=coef),)
+    column = config.length_budget_column
+    term = BUDGET_LENGTH_REWARDS[kind]
+    return (partial(term, weights=judges, coefficient=coef, column=column),)
+
+
+def judging(outcomes: Mapping[str, float]) -> dict[str, float]:
+    """The scorers that count, with their weights."""
+    return {scorer: weight for scorer, weight in outcomes.items() if weight != 0}
+
+
+def mixed_groups_only(outcomes: Mapping[str, float]) -> Select:
+    """Dynamic sampling: other prompts take the place of groups whose outcomes are equal."""
+    return partial(selection.drop_if_constant_outcome, scorers=tuple(judging(outcomes)))
+
+
+def importance_gates(config: AlgorithmConfig) -> tuple[Gate, ...]:
+    """The corrections for tokens that other weights or another engine sampled."""
+    chosen: tuple[Gate, ...] = ()
+    cap, level = config.importance_cap, config.importance_level
+    if cap is not None and config.correction == "tis":
+        chosen += (partial(TRUNCATED[level], cap=cap),)
+    if cap is not None and config.correction == "mis":
+        floor = 0.0 if config.importance_floor is None else config.importance_floor
+        chosen += (partial(MASKED[level], low=floor, high=cap),)
+    if config.off_policy_delta is not None:
+        chosen += (partial(gates.off_policy_filter, delta=config.off_policy_delta),)
+    return chosen
 
 
 def penalty_terms(config: AlgorithmConfig) -> tuple[Penalty, ...]:

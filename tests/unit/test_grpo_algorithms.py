@@ -174,7 +174,7 @@ def test_a_scorer_of_weight_zero_is_no_reward_and_does_not_keep_a_group():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize(
-    "settings", [{"num_generations": 1}, {"delta": 1.1}, {"epsilon": 0}, {"kl_estimator": "k1"}]
+    "settings", [{"num_generations": 0}, {"delta": 1.0}, {"epsilon": 0}, {"kl_estimator": "k1"}]
 )
 def test_settings_that_cannot_be_meant_are_refused(name, settings):
     with pytest.raises(ValidationError):

@@ -26,7 +26,8 @@ from tests.unit.grpo_groups import (
 
 
 def built(pipeline, groups, *, num_updates=1):
-    return build_batch(pipeline, groups, None, step=3, version=2, num_updates=num_updates)
+    state = pipeline.initial_state
+    return build_batch(pipeline, groups, state, step=3, version=2, num_updates=num_updates)
 
 
 def pipeline_of(algorithm=grpo, *, length=4, **settings):

@@ -1,0 +1,49 @@
+"""REINFORCE++ (arXiv:2501.03262): no group baseline; rewards are whitened over the step's tokens.
+
+One answer per prompt is enough. The KL term is a penalty in the loss; the paper subtracts it from
+the reward of each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from pydantic import Field
+
+from grpo import aggregation, step_advantage
+from grpo.algorithms.options import (
+    ClippedConfig,
+    LengthRewardConfig,
+    answer_pipeline,
+    clipped_objective,
+    reward_terms,
+)
+from grpo.objective import Objective
+from grpo.pipeline import Pipeline
+
+
+class Config(ClippedConfig, LengthRewardConfig):
+    """Settings of REINFORCE++, with a clip range of 0.2."""
+
+    num_generations: int = Field(8, ge=1, description="G, rollouts per prompt; 1 will do")
+    gamma: float = Field(
+        1.0, gt=0, le=1, description="what is left of the reward one token before the last one"
+    )
+
+
+def pipeline(
+    config: Config, *, outcomes: Mapping[str, float], max_completion_length: int
+) -> Pipeline:
+    """Returns, whitened over all tokens of the step; every token weighs the same."""
+    return answer_pipeline(
+        config,
+        rewards=reward_terms(config, outcomes),
+        advantage=partial(step_advantage.whitened, baseline="none", gamma=config.gamma),
+        aggregation=aggregation.token_mean,
+    )
+
+
+def objective(config: Config) -> Objective:
+    """PPO-clip, symmetric unless `epsilon_high` is set."""
+    return clipped_objective(config)
