@@ -26,6 +26,7 @@ from orchestration.prompts import PromptSet, PromptTokenizer, load_prompts
 from orchestration.roles import local_recipe
 from orchestration.versions import software_versions
 from reward_services.config import ScorerConfig
+from reward_services.preference.config import PreferenceConfig
 from reward_services.rules import built_rule
 from reward_services.service import ScorerService
 from rollout_workers.tokenization import Tokenization
@@ -63,7 +64,11 @@ def checked(recipe: Recipe, *, local: bool = False) -> Iterator[Finding]:
         yield from _data(recipe, setting, tokenizers, sets)
     yield from _tried("algorithm", lambda: _algorithm(recipe))
     for scorer in recipe.scorers:
-        yield from _tried(f"scorer {scorer.name}", partial(_scorer, scorer, sets))
+        if scorer.preference is not None:
+            check = partial(_preference, scorer, scorer.preference, recipe.model)
+        else:
+            check = partial(_scorer, scorer, sets)
+        yield from _tried(f"scorer {scorer.name}", check)
 
 
 def _tried(name: str, check: Callable[[], str | None]) -> Iterator[Finding]:
@@ -177,7 +182,7 @@ def _references(recipe: Recipe, loaded: PromptSet) -> str:
     """Rules need a reference that they can read in every row."""
     bad: list[str] = []
     for scorer in recipe.scorers:
-        if scorer.rule is None:
+        if not scorer.needs_reference:
             continue
         rule = built_rule(scorer)
         for prompt in loaded.prompts:
@@ -227,6 +232,17 @@ def _scorer(config: ScorerConfig, sets: Sequence[PromptSet]) -> str:
         for s in scores
     ]
     return ", ".join(shown)
+
+
+def _preference(config: ScorerConfig, preference: PreferenceConfig, model: str) -> str:
+    """It reads the policy's tokens, and its encoder is the one that it was trained on."""
+    from reward_services.preference.model import require_tokenizer  # loads torch
+
+    folder = Path(preference.folder)
+    require_tokenizer(folder, model)
+    nothing = Group(id=0, prompt=Prompt(id="none", text="", tokens=np.zeros(1, np.int32)))
+    asyncio.run(_tried_scores(config, nothing))
+    return f"preference model of {folder}"
 
 
 async def _tried_scores(config: ScorerConfig, group: Group) -> list[Score]:

@@ -16,6 +16,8 @@ COMMANDS = {
     "algorithms": "list the algorithms",
     "describe": "show which function an algorithm has at each point, and its settings",
     "eval": "measure a model on a data set: pass@1, pass@k, mean length",
+    "preference": "collect answers, train and measure a preference model (WS-GRPO)",
+    "serve-scorer": "answer OpenRLHF's POST /get_reward with a recipe's scorers",
     "starter": "build the small starter model, or write its data sets",
     "schema": "print the JSON Schema of recipes, for editors",
     "submit": "run a recipe on a Ray cluster",
@@ -56,7 +58,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     if name not in COMMANDS and name != "version":
         return _say_unknown(name)
     try:
-        module = importlib.import_module(f"orchestration.commands.{name}_command")
+        stem = name.replace("-", "_")
+        module = importlib.import_module(f"orchestration.commands.{stem}_command")
         return int(module.run(list(arguments)))
     except UserError as error:
         return _end(MISTAKE, str(error))

@@ -29,6 +29,12 @@ def resolve_paths(data: dict[str, Any], folders: Sequence[Path]) -> list[tuple[s
     for i, scorer in enumerate(scorers if isinstance(scorers, list) else ()):
         if isinstance(scorer, dict):
             _resolve_function(scorer, f"scorers.{i}.function", folders, problems)
+            preference = scorer.get("preference")
+            if isinstance(preference, dict):
+                _resolve_made_folder(preference, folders)
+                _resolve(
+                    preference, "encoder", f"scorers.{i}.preference.encoder", folders, problems
+                )
     return problems
 
 
@@ -66,6 +72,13 @@ def _resolve_function(
         problems.append((path, f"found no {file!r}; {_remedy(file, folders)}"))
     else:
         scorer["function"] = f"{found}:{name}"
+
+
+def _resolve_made_folder(section: dict[str, Any], folders: Sequence[Path]) -> None:
+    """A folder that covey itself makes: where it is, else in the first folder."""
+    if isinstance(value := section.get("folder"), str):
+        path = folders[0] / Path(value).expanduser()
+        section["folder"] = str(_found(value, folders) or path.resolve())
 
 
 def _found(value: str, folders: Sequence[Path]) -> Path | None:

@@ -82,6 +82,7 @@ def local_files(recipe: Recipe) -> list[Path]:
         recipe.data.train,
         recipe.data.evaluation or "",
         *[function.rpartition(":")[0] for function in functions],
+        *[s.preference.folder for s in recipe.scorers if s.preference is not None],
     ]
     return [Path(name) for name in names if Path(name).is_absolute()]
 

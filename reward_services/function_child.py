@@ -6,29 +6,39 @@ The function runs in this process's main thread, because libraries that bound th
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import queue
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import BinaryIO
 
 from grpo.errors import UserError
 from reward_services.frames import read_frame, write_frame
 from reward_services.user_functions import (
     Batch,
-    Function,
+    Verdict,
     judged,
     loaded_function,
     reason_of,
 )
 
+Judged = Callable[[Batch], list[Verdict]]
 
-def main(spec: str) -> None:
-    """Load the function, say so, then answer one request after the other until the input ends."""
+
+def main(spec: str, options: str) -> None:
+    """Judge with the function that `spec` names; `options` are keyword arguments as JSON."""
+    serve(lambda: partial(judged, partial(loaded_function(spec), **json.loads(options))))
+
+
+def serve(load: Callable[[], Judged]) -> None:
+    """Load what judges, say so, then answer one request after the other until the input ends."""
     requests, replies = _own_pipes()
     try:
-        function = loaded_function(spec)
+        judge = load()
     except UserError as error:
         write_frame(replies, pickle.dumps(("user_error", str(error))))
         return
@@ -37,12 +47,12 @@ def main(spec: str) -> None:
     reader = threading.Thread(target=_read, args=(requests, inbox), name="requests", daemon=True)
     reader.start()
     while True:
-        write_frame(replies, pickle.dumps(_answer(function, pickle.loads(inbox.get()))))
+        write_frame(replies, pickle.dumps(_answer(judge, pickle.loads(inbox.get()))))
 
 
-def _answer(function: Function, batch: Batch) -> tuple[str, object]:
+def _answer(judge: Judged, batch: Batch) -> tuple[str, object]:
     try:
-        return "verdicts", judged(function, batch)
+        return "verdicts", judge(batch)
     except (Exception, SystemExit) as error:  # whatever the user's code raises is its failure
         return "failed", reason_of(error)
 
@@ -64,4 +74,4 @@ def _own_pipes() -> tuple[BinaryIO, BinaryIO]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -5,13 +5,14 @@ Blocking on purpose: the service calls it from a thread. Knows nothing of groups
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import IO
 
@@ -21,20 +22,25 @@ from reward_services.user_functions import Batch, Verdict
 
 # Imports of a scorer (torch, math libraries) may take long once, whatever a call may take.
 START_DEADLINE_S = 120.0
+FUNCTION_CHILD = "reward_services.function_child"
 
 
 class FunctionProcess:
     """One user function in a process of its own, so that it can be killed when it hangs."""
 
-    def __init__(self, spec: str) -> None:
-        self._spec = spec
+    def __init__(
+        self, spec: str, options: Mapping[str, object], *, child: str = FUNCTION_CHILD
+    ) -> None:
+        """`options` are keyword arguments of every call, as JSON can carry them; `child` is the
+        module that the process runs."""
+        self._arguments = (child, spec, json.dumps(options))
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the process and load the function; a missing file or name is a UserError."""
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "reward_services.function_child", self._spec],
+            [sys.executable, "-m", *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
 
-from reward_services.config import RuleName, ScorerConfig
+from reward_services.config import AnswerRuleName, ScorerConfig
 
 # The ways in which data sets and models mark a final answer. `answer` must open a line or follow
 # a word ("the answer is 7"), so that `canswer` is none.
@@ -27,15 +27,22 @@ _NUMBER = re.compile(
 )
 _FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 _THIN_SPACE = re.compile(r"\\[!,]")  # as LaTeX sets 10\,000
+_CHOICE = re.compile(
+    r"\((?P<marked>[A-Ja-j])\)|(?<![\w'])(?P<bare>[A-J])(?![\w'])(?!\.\w)(?!(?<=[AI]) +[a-z])"
+)
 _EDGES = " \t\r\n.,;:!\"'`*$"
 
 Rule = Callable[[str, str], float]  # (completion, reference) -> score
 
 
 def built_rule(config: ScorerConfig) -> Rule:
-    """The rule that a scorer's settings describe."""
-    assert config.rule is not None
-    compare = _COMPARISONS[config.rule]
+    """The comparison that a scorer's settings describe; step_judge.py has the rules for steps."""
+    if config.rule == "math":
+        # Imported here: sympy takes a second, and the other rules need it not.
+        from reward_services.math_rule import is_same_mathematics
+
+        return is_same_mathematics
+    compare = _COMPARISONS[config.rule]  # type: ignore[index]  # the caller has checked it
     pattern = re.compile(config.pattern) if config.pattern is not None else None
 
     def rule(completion: str, reference: str) -> float:
@@ -65,6 +72,15 @@ def stated_number(text: str) -> Fraction | None:
     return numbers[0] if numbers else None
 
 
+def stated_choice(text: str) -> str | None:
+    """The letter that an answer chooses: `"(B) Paris"` -> `"B"`; the last one that it names.
+
+    A bare letter counts as a capital only, and neither "A" nor "I" counts before a word.
+    """
+    letters = [m["marked"] or m["bare"] for m in _CHOICE.finditer(text)]
+    return letters[-1].upper() if letters else None
+
+
 def normalized(text: str) -> str:
     """Case, accents' encoding, spaces and edge punctuation removed: `" Paris. "` -> `"paris"`."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_EDGES)
@@ -83,6 +99,8 @@ def _found_answer(text: str, pattern: re.Pattern[str] | None, config: ScorerConf
     if config.rule == "numeric":
         numbers = _numbers(text)
         return str(numbers[-1]) if numbers else None
+    if config.rule == "choice":
+        return text
     lines = text.split("\n")
     return next((line for line in reversed(lines) if line.strip()), None)
 
@@ -98,6 +116,13 @@ def _is_equal_text(found: str | None, expected: str) -> float:
     return float(found is not None and normalized(found) == normalized(expected))
 
 
+def _is_equal_choice(found: str | None, expected: str) -> float:
+    wanted = stated_choice(expected)
+    if wanted is None:
+        raise ValueError(f"reference answer {expected!r} holds no choice such as B or (B)")
+    return float(found is not None and stated_choice(found) == wanted)
+
+
 def _numbers(text: str) -> list[Fraction]:
     plain = _THIN_SPACE.sub("", _FRACTION.sub(r"\1/\2", text)).replace("\u2212", "-")
     matches = (m.group() for m in _NUMBER.finditer(plain))
@@ -111,7 +136,8 @@ def _parsed(text: str) -> Fraction | None:
         return None
 
 
-_COMPARISONS: dict[RuleName, Callable[[str | None, str], float]] = {
+_COMPARISONS: dict[AnswerRuleName, Callable[[str | None, str], float]] = {
     "exact": _is_equal_text,
     "numeric": _is_equal_number,
+    "choice": _is_equal_choice,
 }

@@ -1,21 +1,43 @@
 """One scorer: collects concurrent requests into batches, judges them, and answers with Scores.
 
-A rule is computed in place; a user function runs in a process that is killed and replaced when it
-misses its deadline. A failure stays a failure with its reason and never becomes a number.
+A rule is computed in place; everything else has a judge that holds its deadline, and identical
+texts are judged once. A failure stays a failure with its reason and never becomes a number.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grpo.errors import BadInput, Transient
-from grpo.types import Group, Rollout, Score, Span
+from grpo.types import Group, Score, Span
+from reward_services.batches import joined, span_key
 from reward_services.config import ScorerConfig
-from reward_services.function_process import FunctionProcess
-from reward_services.rules import Rule, built_rule
-from reward_services.user_functions import Batch, Verdict
+from reward_services.judges import Judge, built_judge
+from reward_services.rule_verdicts import verdict_rule
+from reward_services.user_functions import Verdict
+
+
+@dataclass(slots=True, kw_only=True)
+class ScorerStatistics:
+    """What one scorer has done so far; an actor counts for itself."""
+
+    num_scores: int = 0
+    num_failures: int = 0
+    num_cached: int = 0  # answered from the cache, or twice in one request
+    num_calls: int = 0  # of the judge
+    num_judged: int = 0  # spans in these calls
+
+    @property
+    def hit_rate(self) -> float:
+        """Scores that needed no judging, of all."""
+        return self.num_cached / self.num_scores if self.num_scores else 0.0
+
+    def batch_fill(self, batch_size: int) -> float:
+        """How full the calls were on average; a group larger than a batch counts in full."""
+        return self.num_judged / (self.num_calls * batch_size) if self.num_calls else 0.0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -31,33 +53,56 @@ class ScorerService:
     """Owns one scorer. Any number of score() calls may be under way at a time."""
 
     def __init__(self, config: ScorerConfig) -> None:
+        self.statistics = ScorerStatistics()
         self._config = config
-        self._rule: Rule | None = built_rule(config) if config.rule is not None else None
-        self._process = FunctionProcess(config.function) if config.function is not None else None
+        self._rule = verdict_rule(config)
+        self._judge: Judge | None = built_judge(config) if self._rule is None else None
+        self._known: OrderedDict[bytes, Verdict] = OrderedDict()  # the longest unused one first
         self._pending: list[_Request] = []
         self._is_full = asyncio.Event()
         self._turn = asyncio.Lock()
 
     async def start(self) -> None:
         """Load the scorer; a function that cannot be found is a UserError."""
-        if self._process is not None:
-            await asyncio.to_thread(self._process.start)
+        if self._judge is not None:
+            await self._judge.start()
 
     async def score(self, group: Group, spans: Sequence[Span]) -> list[Score]:
         """One score per span, in order. Failures are Scores with a reason; nothing is raised."""
         if self._rule is not None:
-            verdicts = [_ruled(self._rule, group, span) for span in spans]
+            verdicts = [self._rule(group, span) for span in spans]
+        elif self._config.cache_size:
+            verdicts = await self._remembered(group, spans)
         else:
             verdicts = await self._batched(_Request(group=group, spans=tuple(spans)))
+        self.statistics.num_scores += len(verdicts)
+        self.statistics.num_failures += sum(v.failure is not None for v in verdicts)
         return [
             Score(scorer=self._config.name, span=span, value=v.value, failure=v.failure)
             for span, v in zip(spans, verdicts, strict=True)
         ]
 
     async def close(self) -> None:
-        """End the process of a user function."""
-        if self._process is not None:
-            await asyncio.to_thread(self._process.kill)
+        """End what the scorer runs."""
+        if self._judge is not None:
+            await self._judge.close()
+
+    async def _remembered(self, group: Group, spans: Sequence[Span]) -> list[Verdict]:
+        """Judge each distinct text once; failures are tried anew the next time."""
+        keys = [span_key(group, span) for span in spans]
+        found = {key: self._known[key] for key in keys if key in self._known}
+        new = {key: span for key, span in zip(keys, spans, strict=True) if key not in found}
+        if new:
+            judged = await self._batched(_Request(group=group, spans=tuple(new.values())))
+            found |= dict(zip(new, judged, strict=True))
+        self.statistics.num_cached += len(spans) - len(new)
+        for key, verdict in found.items():
+            if verdict.failure is None:
+                self._known[key] = verdict
+                self._known.move_to_end(key)
+        while len(self._known) > self._config.cache_size:
+            self._known.popitem(last=False)
+        return [found[key] for key in keys]
 
     async def _batched(self, request: _Request) -> list[Verdict]:
         """Whoever has the turn judges a batch for all: no task in the background to lose.
@@ -93,7 +138,7 @@ class ScorerService:
         batch = self._taken()
         is_only_try = len(batch) == 1 and self._config.retries == 0
         try:
-            if not await self._judge(batch, is_last_try=is_only_try):
+            if not await self._judge_together(batch, is_last_try=is_only_try):
                 for request in batch:  # alone, so that one bad group fails only itself
                     await self._judge_alone(request)
         finally:
@@ -113,24 +158,21 @@ class ScorerService:
     async def _judge_alone(self, request: _Request) -> None:
         tries = max(self._config.retries, 1)
         for attempt in range(tries):
-            if await self._judge([request], is_last_try=attempt == tries - 1):
+            if await self._judge_together([request], is_last_try=attempt == tries - 1):
                 return
 
-    async def _judge(self, requests: list[_Request], *, is_last_try: bool) -> bool:
+    async def _judge_together(self, requests: list[_Request], *, is_last_try: bool) -> bool:
         """Whether the requests now have verdicts; on the last try a failure is the verdict."""
-        assert self._process is not None
+        assert self._judge is not None
         batch = joined([(r.group, span) for r in requests for span in r.spans])
+        self.statistics.num_calls += 1
+        self.statistics.num_judged += len(batch)
         try:
-            verdicts = await asyncio.to_thread(
-                self._process.judged, batch, deadline_s=self._config.deadline_s
-            )
+            verdicts = await self._judge.judged(batch)
         except (BadInput, Transient) as error:
             if not is_last_try:
                 return False
             verdicts = [Verdict(value=None, failure=str(error))] * len(batch)
-        except asyncio.CancelledError:
-            self._process.kill()  # its late answer would be taken for the next request's
-            raise
         rest = iter(verdicts)
         for request in requests:
             request.verdicts = [next(rest) for _ in request.spans]
@@ -138,54 +180,3 @@ class ScorerService:
 
     def _num_pending(self) -> int:
         return sum(len(r.spans) for r in self._pending)
-
-
-def span_text(rollout: Rollout, span: Span) -> str:
-    """The characters of a span: an outcome's whole text, a prefix, or one step."""
-    if span.start == 0 and span.end == rollout.num_tokens:
-        return rollout.text
-    first = int(rollout.token_ends[span.start - 1]) if span.start else 0
-    return rollout.text[first : int(rollout.token_ends[span.end - 1]) if span.end else 0]
-
-
-def joined(items: Sequence[tuple[Group, Span]]) -> Batch:
-    """The parallel lists that a user function gets."""
-    groups = [group for group, _ in items]
-    rollouts = [group.rollouts[span.rollout] for group, span in items]
-    spans = [span for _, span in items]
-    texts = [span_text(r, s) for r, s in zip(rollouts, spans, strict=True)]
-    prompts = [_user_prompt(group) for group in groups]
-    names = {name: None for group in groups for name in group.prompt.columns}  # in order
-    return Batch(
-        prompts=prompts,
-        completions=[
-            [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
-            for prompt, text in zip(prompts, texts, strict=True)
-        ],
-        completion_ids=[
-            r.tokens[s.start : s.end].tolist() for r, s in zip(rollouts, spans, strict=True)
-        ],
-        prompt_texts=[group.prompt.text for group in groups],
-        completion_texts=texts,
-        references=[group.prompt.reference for group in groups],
-        columns={
-            name: [g.prompt.columns.get(name, None) for g in groups]
-            for name in names
-            if name not in ("prompt", "completion", "completion_ids")  # TRL passes these as lists
-        },
-    )
-
-
-def _user_prompt(group: Group) -> object:
-    columns = group.prompt.columns
-    return columns.get("prompt", group.prompt.text)
-
-
-def _ruled(rule: Rule, group: Group, span: Span) -> Verdict:
-    reference = group.prompt.reference
-    if reference is None:
-        return Verdict(value=None, failure=f"prompt {group.prompt.id} has no reference answer")
-    try:
-        return Verdict(value=rule(span_text(group.rollouts[span.rollout], span), reference))
-    except ValueError as error:
-        return Verdict(value=None, failure=f"prompt {group.prompt.id}: {error}")

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import cast
 
 from grpo.errors import UserError
+from grpo.types import Int32
 
 Function = Callable[..., object]
 
@@ -40,6 +41,8 @@ class Batch:
     prompts: list[object]  # as the data set has them: text or messages
     completions: list[object]  # text, or messages where the prompt was messages
     completion_ids: list[list[int]]
+    prompt_ids: list[Int32]  # what the policy was conditioned on; shared by answers to one prompt
+    starts: list[int]  # first token of each span in its completion; 0: an answer or a prefix
     prompt_texts: list[str]
     completion_texts: list[str]
     references: list[str | None]
@@ -96,6 +99,8 @@ def reason_of(error: BaseException) -> str:
 
 
 def _verdict(value: object) -> Verdict:
+    if isinstance(value, Verdict):  # of our own functions, which can say why they failed
+        return value
     if value is None:
         return Verdict(value=None)
     try:

@@ -60,7 +60,7 @@ def test_algorithms_are_listed_for_people_and_programs(capsys: pytest.CaptureFix
     assert "dr_grpo" in capsys.readouterr().out
     assert main(["algorithms", "--json"]) == 0
     records = json.loads(capsys.readouterr().out)
-    assert {r["name"]: r["settings"]["epsilon"] for r in records}["dapo"] == 0.2
+    assert {r["name"]: r["settings"] for r in records}["dapo"]["epsilon"] == 0.2
 
 
 def test_describe_shows_the_functions_with_their_settings(

@@ -137,7 +137,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no scorer": ({"scorers": []}, ["scorers: found none; expected at least one"]),
     "scorer without judge": (
         {"scorers": [{"name": "a"}]},
-        ["scorers.0: scorer 'a': found neither of rule and function; expected exactly one"],
+        ["scorers.0: scorer 'a': found none of rule, function, ", "expected exactly one"],
     ),
     "two scorers of one name": (
         {"scorers": [{"name": "a", "rule": "exact"}] * 2},
