@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo.errors import UserError
 from orchestration.starter.world import DIFFICULTIES, Problem, Split, generated
+
+MAX_REPEATS = 1000  # known problems in a row: less than 1 % of a tier is left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +27,16 @@ class WrittenDatasets:
 def distinct_problems(num_problems: int, *, seed: int, split: Split) -> list[Problem]:
     """Problems of one split without repeats, the difficulties in turn."""
     problems: dict[str, Problem] = {}
-    index = 0
+    index = repeats = 0
     while len(problems) < num_problems:
         difficulty = DIFFICULTIES[len(problems) % len(DIFFICULTIES)]
         problem = generated(seed, index, difficulty, split=split)
+        repeats = repeats + 1 if problem.prompt in problems else 0
+        if repeats == MAX_REPEATS:
+            raise UserError(
+                f"found {len(problems)} different problems, expected {num_problems}: those with "
+                f"{difficulty} operations are used up; ask for fewer"
+            )
         problems.setdefault(problem.prompt, problem)
         index += 1
     return list(problems.values())

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.starter.data import write_datasets
+from grpo.errors import UserError
+from orchestration.starter.data import distinct_problems, write_datasets
 from orchestration.starter.world import DIFFICULTIES, is_solved, parsed_prompt
 
 
@@ -53,3 +54,9 @@ def test_the_same_seed_writes_the_same_bytes_and_leaves_nothing_else(tmp_path: P
 def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_train=0"):
         write_datasets(tmp_path, num_train=0)
+
+
+@pytest.mark.slow
+def test_asking_for_more_problems_than_there_are_is_refused_and_does_not_go_on_for_ever() -> None:
+    with pytest.raises(UserError, match="are used up"):
+        distinct_problems(300_000, seed=0, split="heldout")
