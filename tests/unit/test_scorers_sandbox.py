@@ -132,7 +132,7 @@ ATTACKS: dict[str, tuple[str, set[str]]] = {
     ),
     "reading the user's files": ("print(open('SECRET').read())\nprint('SUCCESS')", {"failed"}),
     "reading the system's secrets": (
-        "for p in ('/etc/shadow', '/etc/passwd', '/etc/hostname', '/root',\n"
+        "for p in ('/etc/shadow', '/etc/passwd', '/etc/hostname', '/root' '/.bashrc',\n"
         "          '/home', '/run', '/var', '/sys/kernel', 'HERE'):\n"
         "  import os\n"
         "  try: os.listdir(p) if os.path.isdir(p) else open(p).read()\n"
