@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +24,18 @@ class WrittenDatasets:
     num_heldout: int
 
 
-def distinct_problems(num_problems: int, *, seed: int, split: Split) -> list[Problem]:
+def distinct_problems(
+    num_problems: int,
+    *,
+    seed: int,
+    split: Split,
+    difficulties: Sequence[int] = DIFFICULTIES,
+) -> list[Problem]:
     """Problems of one split without repeats, the difficulties in turn."""
     problems: dict[str, Problem] = {}
     index = repeats = 0
     while len(problems) < num_problems:
-        difficulty = DIFFICULTIES[len(problems) % len(DIFFICULTIES)]
+        difficulty = difficulties[len(problems) % len(difficulties)]
         problem = generated(seed, index, difficulty, split=split)
         repeats = repeats + 1 if problem.prompt in problems else 0
         if repeats == MAX_REPEATS:
