@@ -58,6 +58,11 @@ def _config(folder: Path) -> Mapping[str, Any]:
         config: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(
+            f"{file} describes no model; expected a mapping with model_type and the sizes, as "
+            "save_pretrained writes it"
+        )
     return config
 
 

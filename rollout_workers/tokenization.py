@@ -25,7 +25,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights of `model`, a folder or a hub id."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:  # absent, or of another shape
         kind = "folder" if os.path.isdir(model) else "hub id"
         raise UserError(
             f"model {kind} {model} holds no tokenizer that transformers can load ({error}); "

@@ -167,6 +167,7 @@ MISTAKES: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "no tokenizer": (_model_without("tok*"), ["holds no tokenizer", "expected tokenizer.json"]),
     "no config": (_model_without("config.json"), ["holds no config.json", "save_pretrained"]),
+    "config that is a list": (_model_with("config.json", "[]"), ["describes no model"]),
     "no weights": (_model_without("*.safetensors"), ["holds no safetensors weights"]),
     "damaged weights": (
         _model_with("model.safetensors", "nonsense"),
