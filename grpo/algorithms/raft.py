@@ -24,8 +24,8 @@ from grpo.objective import Objective
 from grpo.pipeline import Pipeline
 
 
-class Config(GroupConfig):
-    """Settings of RAFT. The scripts of arXiv:2504.11343 add `beta` 0.001, `entropy_coef` 0.001."""
+class AcceptedConfig(GroupConfig):
+    """What RAFT and RAFT++ share. The scripts add `beta` 0.001 and `entropy_coef` 0.001."""
 
     num_generations: int = Field(4, ge=2, description="G, rollouts per prompt")
     normalizer: Literal["all", "kept"] = Field(
@@ -35,8 +35,12 @@ class Config(GroupConfig):
     )
 
 
+class Config(AcceptedConfig):
+    """Settings of RAFT."""
+
+
 def pipeline(
-    config: Config, *, outcomes: Mapping[str, float], max_completion_length: int
+    config: AcceptedConfig, *, outcomes: Mapping[str, float], max_completion_length: int
 ) -> Pipeline:
     """Rewards above 0 on the answers that earned them; every token weighs the same."""
     keep = partial(subsets.keep_positive, weights=judging(outcomes))

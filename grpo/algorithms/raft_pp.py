@@ -5,47 +5,15 @@ Answers of positive reward are made more likely, until the ratio leaves the clip
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from typing import Literal
-
-from pydantic import Field
-
-from grpo import advantage, aggregation, subsets
-from grpo.algorithms.options import (
-    ClippedConfig,
-    answer_pipeline,
-    clipped_objective,
-    judging,
-    outcome_terms,
-)
+from grpo.algorithms import raft
+from grpo.algorithms.options import ClippedConfig, clipped_objective
 from grpo.objective import Objective
-from grpo.pipeline import Pipeline
+
+pipeline = raft.pipeline  # the same answers with the same weights
 
 
-class Config(ClippedConfig):
-    """Settings of RAFT++. The paper's scripts add `beta` 0.001 and `entropy_coef` 0.001."""
-
-    num_generations: int = Field(4, ge=2, description="G, rollouts per prompt")
-    normalizer: Literal["all", "kept"] = Field(
-        "all",
-        description="all: the mean counts the tokens of rejected answers, as in the released "
-        "code; kept: rejected answers leave the group",
-    )
-
-
-def pipeline(
-    config: Config, *, outcomes: Mapping[str, float], max_completion_length: int
-) -> Pipeline:
-    """Rewards above 0 on the answers that earned them; every token weighs the same."""
-    keep = partial(subsets.keep_positive, weights=judging(outcomes))
-    return answer_pipeline(
-        config,
-        select=(keep,) if config.normalizer == "kept" else (),
-        rewards=outcome_terms(outcomes),
-        advantage=advantage.accepted,
-        aggregation=aggregation.token_mean,
-    )
+class Config(raft.AcceptedConfig, ClippedConfig):
+    """Settings of RAFT++."""
 
 
 def objective(config: Config) -> Objective:
