@@ -11,16 +11,13 @@ import pytest
 from grpo.errors import UserError
 from orchestration import preference_phase
 from orchestration.config import Recipe
-from orchestration.driver import Driver, Progress, Schedule, TrainedStep
-from orchestration.group_task import GroupRecipe
-from orchestration.prompt_order import PromptOrder
-from orchestration.prompts import load_prompts
-from orchestration.roles import Roles, local_recipe, started_roles
+from orchestration.driver import TrainedStep
+from orchestration.roles import local_recipe, started_roles
 from orchestration.starter.data import write_datasets
 from orchestration.waits import Waits
 from reward_services.preference.questions import Collection, read_collection, write_collection
-from rollout_workers.tokenization import Tokenization
 from tests.fakes import FakeJournal
+from tests.real_driver import real_driver
 from tests.unit.small_project import MODEL
 
 STEPS, MAX_TOKENS = 2, 48
@@ -61,53 +58,10 @@ def a_recipe(folder: Path) -> Recipe:
     )
 
 
-def driver(recipe: Recipe, roles: Roles, journal: FakeJournal) -> Driver:
-    choice, data = recipe.algorithm, recipe.data
-    prompts = load_prompts(
-        data.train, data, Tokenization(recipe.model), max_prompt_length=40, split="train"
-    )
-
-    async def nothing(_: object) -> None:
-        pass
-
-    return Driver(
-        schedule=Schedule(
-            steps=STEPS,
-            groups_per_step=recipe.num_prompts_per_step,
-            updates_per_step=1,
-            max_staleness=0,
-            window=1,
-            checkpoint_every=0,
-            evaluate_every=0,
-            max_log_prob_gap=1e-3,
-            max_dropped_rate=0.9,
-            take_deadline_s=120,
-            train_deadline_s=120,
-            sync_deadline_s=120,
-        ),
-        common=GroupRecipe(
-            pipeline=choice.algorithm.pipeline(
-                choice.settings, outcomes=recipe.weights, max_completion_length=MAX_TOKENS
-            ),
-            sampling=recipe.sampling.drawn(),
-            run_seed=recipe.seed,
-            engine=roles.engine,
-            scorers=roles.scorers,
-        ),
-        learner=roles.learner,
-        prompt_at=PromptOrder(prompts.prompts, seed=0, shuffle=True).at,
-        journal=journal,
-        waits=Waits(),
-        progress=Progress(),
-        evaluate=nothing,
-        checkpoint=nothing,
-    )
-
-
 async def driven(recipe: Recipe) -> list[TrainedStep]:
     journal = FakeJournal()
     async with started_roles(recipe, local=True, waits=Waits(), on_phase=lambda _: None) as roles:
-        await driver(recipe, roles, journal).run()
+        await real_driver(recipe, roles, journal).run()
     return journal.steps
 
 

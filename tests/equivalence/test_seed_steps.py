@@ -17,15 +17,12 @@ from grpo.pipeline import State
 from grpo.types import Group, Origin
 from orchestration.checkpoint import decoded_state, encoded_state
 from orchestration.config import Recipe, load_recipe
-from orchestration.driver import Driver, Progress, Schedule, TrainedStep
-from orchestration.group_task import GroupRecipe
-from orchestration.prompt_order import PromptOrder
-from orchestration.prompts import load_prompts
+from orchestration.driver import TrainedStep
 from orchestration.roles import local_recipe, started_roles
 from orchestration.starter.data import write_datasets
 from orchestration.waits import Waits
-from rollout_workers.tokenization import Tokenization
 from tests.fakes import FakeJournal
+from tests.real_driver import real_driver
 
 ROOT = Path(__file__).parents[2]
 STEPS, GROUPS = 2, 4
@@ -43,6 +40,7 @@ def shipped(name: str, folder: Path, *overrides: str) -> Recipe:
                 "data.evaluation=null",
                 "learner.learning_rate=1e-3",
                 "learner.warmup_steps=0",
+                "max_staleness=0",
                 *overrides,
             ],
         )
@@ -50,61 +48,15 @@ def shipped(name: str, folder: Path, *overrides: str) -> Recipe:
 
 
 async def driven(recipe: Recipe) -> tuple[list[TrainedStep], State]:
-    """The steps, and the algorithm's state after the last."""
-    choice, sampling = recipe.algorithm, recipe.sampling
-    pipeline = choice.algorithm.pipeline(
-        choice.settings,
-        outcomes=recipe.weights,
-        max_completion_length=sampling.max_completion_length,
-    )
-    prompts = load_prompts(
-        recipe.data.train,
-        recipe.data,
-        Tokenization(recipe.model),
-        max_prompt_length=sampling.max_prompt_length,
-        split="train",
-    )
     journal = FakeJournal()
-
-    async def nothing(_: object) -> None:
-        pass
-
     async with started_roles(
         recipe, local=True, waits=Waits(), on_phase=lambda name: None
     ) as roles:
-        driver = Driver(
-            schedule=Schedule(
-                steps=STEPS,
-                groups_per_step=GROUPS,
-                updates_per_step=1,
-                max_staleness=0,
-                window=1,
-                checkpoint_every=0,
-                evaluate_every=0,
-                max_log_prob_gap=1e-3,
-                max_dropped_rate=0.9,
-                take_deadline_s=60,
-                train_deadline_s=60,
-                sync_deadline_s=60,
-            ),
-            common=GroupRecipe(
-                pipeline=pipeline,
-                sampling=sampling.drawn(),
-                run_seed=recipe.seed,
-                engine=roles.engine,
-                scorers=roles.scorers,
-            ),
-            learner=roles.learner,
-            prompt_at=PromptOrder(prompts.prompts, seed=recipe.seed, shuffle=True).at,
-            journal=journal,
-            waits=Waits(),
-            progress=Progress(algorithm_state=pipeline.initial_state),
-            evaluate=nothing,
-            checkpoint=nothing,
-        )
+        driver = real_driver(recipe, roles, journal)
+        initial = driver.progress.algorithm_state
         assert await driver.run()
     state = driver.progress.algorithm_state
-    assert decoded_state(pipeline.initial_state, encoded_state(state)) == state
+    assert decoded_state(initial, encoded_state(state)) == state
     assert not journal.fallen
     return journal.steps, state
 

@@ -16,16 +16,14 @@ import pytest
 from grpo.batch import build_batch
 from grpo.types import Group
 from orchestration.config import Recipe
-from orchestration.driver import Driver, Progress, Schedule, TrainedStep
-from orchestration.group_task import FinishedGroup, GroupRecipe, run_group
-from orchestration.prompt_order import PromptOrder
-from orchestration.prompts import load_prompts
-from orchestration.roles import Roles, local_recipe, started_roles
+from orchestration.driver import TrainedStep
+from orchestration.group_task import FinishedGroup, run_group
+from orchestration.roles import local_recipe, started_roles
 from orchestration.starter.data import write_datasets
 from orchestration.waits import Waits
 from orchestration.weight_sync import sync_weights
-from rollout_workers.tokenization import Tokenization
 from tests.fakes import FakeJournal
+from tests.real_driver import common_parts, real_driver
 
 MODEL = Path(__file__).parents[2] / "orchestration" / "starter" / "model"
 STEPS, GROUPS, MAX_TOKENS = 3, 4, 64
@@ -52,32 +50,11 @@ def a_recipe(folder: Path, **changes: object) -> Recipe:
     )
 
 
-def parts(recipe: Recipe, roles: Roles) -> tuple[GroupRecipe, PromptOrder]:
-    choice = recipe.algorithm
-    common = GroupRecipe(
-        pipeline=choice.algorithm.pipeline(
-            choice.settings, outcomes=recipe.weights, max_completion_length=MAX_TOKENS
-        ),
-        sampling=recipe.sampling.drawn(),
-        run_seed=recipe.seed,
-        engine=roles.engine,
-        scorers=roles.scorers,
-    )
-    prompts = load_prompts(
-        recipe.data.train,
-        recipe.data,
-        Tokenization(recipe.model),
-        max_prompt_length=recipe.sampling.max_prompt_length,
-        split="train",
-    )
-    return common, PromptOrder(prompts.prompts, seed=recipe.seed, shuffle=True)
-
-
 async def textbook(recipe: Recipe) -> list[dict[str, object]]:
     async with started_roles(
         recipe, local=True, waits=Waits(), on_phase=lambda name: None
     ) as roles:
-        common, prompts = parts(recipe, roles)
+        common, prompts = common_parts(recipe, roles)
         trace: list[dict[str, object]] = []
         for step in range(STEPS):
             groups = []
@@ -96,38 +73,10 @@ async def textbook(recipe: Recipe) -> list[dict[str, object]]:
 
 async def driven(recipe: Recipe) -> list[dict[str, object]]:
     journal = FakeJournal()
-
-    async def nothing(_: object) -> None:
-        pass
-
     async with started_roles(
         recipe, local=True, waits=Waits(), on_phase=lambda name: None
     ) as roles:
-        common, prompts = parts(recipe, roles)
-        await Driver(
-            schedule=Schedule(
-                steps=STEPS,
-                groups_per_step=GROUPS,
-                updates_per_step=1,
-                max_staleness=recipe.max_staleness,
-                window=1,
-                checkpoint_every=0,
-                evaluate_every=0,
-                max_log_prob_gap=1e-3,
-                max_dropped_rate=0.9,
-                take_deadline_s=60,
-                train_deadline_s=60,
-                sync_deadline_s=60,
-            ),
-            common=common,
-            learner=roles.learner,
-            prompt_at=prompts.at,
-            journal=journal,
-            waits=Waits(),
-            progress=Progress(),
-            evaluate=nothing,
-            checkpoint=nothing,
-        ).run()
+        await real_driver(recipe, roles, journal).run()
     return [traced_step(step) for step in journal.steps]
 
 

@@ -1,0 +1,71 @@
+"""The real driver over real local roles, for tests of whole steps: no files, no screen."""
+
+from __future__ import annotations
+
+from orchestration.config import Recipe
+from orchestration.driver import Driver, Journal, Progress, Schedule
+from orchestration.group_task import GroupRecipe
+from orchestration.prompt_order import PromptOrder
+from orchestration.prompts import load_prompts
+from orchestration.roles import Roles
+from orchestration.waits import Waits
+from rollout_workers.tokenization import Tokenization
+
+DEADLINE_S = 120.0
+
+
+async def nothing(_: object) -> None:
+    """In place of evaluations and checkpoints."""
+
+
+def common_parts(recipe: Recipe, roles: Roles) -> tuple[GroupRecipe, PromptOrder]:
+    """What all groups share, and the training prompts in their order."""
+    choice, sampling = recipe.algorithm, recipe.sampling
+    common = GroupRecipe(
+        pipeline=choice.algorithm.pipeline(
+            choice.settings,
+            outcomes=recipe.weights,
+            max_completion_length=sampling.max_completion_length,
+        ),
+        sampling=sampling.drawn(),
+        run_seed=recipe.seed,
+        engine=roles.engine,
+        scorers=roles.scorers,
+    )
+    prompts = load_prompts(
+        recipe.data.train,
+        recipe.data,
+        Tokenization(recipe.model),
+        max_prompt_length=sampling.max_prompt_length,
+        split="train",
+    )
+    return common, PromptOrder(prompts.prompts, seed=recipe.seed, shuffle=True)
+
+
+def real_driver(recipe: Recipe, roles: Roles, journal: Journal) -> Driver:
+    """A driver at the beginning of the recipe."""
+    common, prompts = common_parts(recipe, roles)
+    return Driver(
+        schedule=Schedule(
+            steps=recipe.steps,
+            groups_per_step=recipe.num_prompts_per_step,
+            updates_per_step=recipe.updates_per_step,
+            max_staleness=recipe.max_staleness,
+            window=recipe.window,
+            checkpoint_every=0,
+            evaluate_every=0,
+            max_log_prob_gap=recipe.alarms.log_prob_gap,
+            max_dropped_rate=0.9,
+            take_deadline_s=DEADLINE_S,
+            train_deadline_s=DEADLINE_S,
+            sync_deadline_s=DEADLINE_S,
+        ),
+        common=common,
+        learner=roles.learner,
+        prompt_at=prompts.at,
+        journal=journal,
+        waits=Waits(),
+        progress=Progress(algorithm_state=common.pipeline.initial_state),
+        evaluate=nothing,
+        checkpoint=nothing,
+    )
