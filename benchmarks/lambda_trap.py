@@ -212,6 +212,8 @@ def loss_inputs(rows: Sequence[TrainRow], log_probs: Tensor) -> LossInputs:
         advantages=stream("advantages"),
         weights=stream("weights"),
         policy_weights=stream("policy_weights"),
+        origins=stream("origins"),
+        is_cross_context=torch.zeros(len(flat), dtype=torch.bool),
         row=torch.repeat_interleave(torch.arange(len(rows)), DEPTH),
         num_rows=len(rows),
     )

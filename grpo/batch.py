@@ -106,7 +106,7 @@ def _rows(
         TrainRow(
             group=group.id,
             index=rollout.index,
-            context=rollout.context,
+            context=rollout.context if rollout.train_context is None else rollout.train_context,
             tokens=rollout.tokens,
             weights=weight.astype(np.float32),
             advantages=advantage.astype(np.float32),
@@ -114,6 +114,8 @@ def _rows(
             behaviour_log_probs=rollout.log_probs,
             versions=rollout.versions,
             origins=rollout.origins,
+            reference_log_probs=rollout.measured.get("reference"),
+            is_cross_context=rollout.train_context is not None,
         )
         for rollout, weight, advantage, policy_weight in streams
     ]

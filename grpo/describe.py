@@ -9,21 +9,26 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 
-from grpo.objective import Objective, Penalty
-from grpo.pipeline import Pipeline
+from grpo.objective import Learnable, Measure, Objective, Penalty, ReferenceUpdate
+from grpo.pipeline import Measured, Pipeline, Stage
 
 
 def described(pipeline: Pipeline, objective: Objective) -> list[tuple[str, list[str]]]:
     """For each point, in the order of execution, one line per function that stands there."""
-    described_points = []
-    for record in (pipeline, objective):
-        for field in fields(record):
-            value = getattr(record, field.name)
-            if field.name != "initial_state":
-                described_points.append((field.name, _lines(value)))
+    described_points = [*_points(pipeline), *_points(objective)]
     if pipeline.initial_state is not None:
         described_points.append(("initial_state", [repr(pipeline.initial_state)]))
     return described_points
+
+
+def _points(record: Pipeline | Objective) -> list[tuple[str, list[str]]]:
+    """What stands at the points of one half; a point that nothing uses is left out if it may be."""
+    values = [(field.name, getattr(record, field.name)) for field in fields(record)]
+    return [
+        (name, _lines(value))
+        for name, value in values
+        if name != "initial_state" and value is not None and value is not False
+    ]
 
 
 def call_text(fn: Callable[..., object]) -> str:
@@ -51,11 +56,27 @@ def _lines(value: object) -> list[str]:
         return sorted(value)
     if isinstance(value, Penalty):
         return [f"{value.coefficient:g} * {call_text(value.fn)}: {purpose(value.fn)}"]
+    if isinstance(value, Measure | Measured | Stage | Learnable | ReferenceUpdate):
+        return [_record_text(value)]
+    if isinstance(value, Objective):
+        return [f"{point}: {line}" for point, lines in _points(value) for line in lines]
+    if value is True:
+        return ["yes"]
     assert callable(value), f"a point of an algorithm holds functions, found {value!r}"
     return [f"{call_text(value)}: {purpose(value)}"]
 
 
+def _record_text(record: Measure | Measured | Stage | Learnable | ReferenceUpdate) -> str:
+    settings = {field.name: getattr(record, field.name) for field in fields(record)}
+    name = settings.pop("name", None)
+    head = type(record).__name__.lower() if name is None else str(name)
+    shown = ", ".join(f"{key}={_value(v)}" for key, v in settings.items() if v is not None)
+    return f"{head}({shown})"
+
+
 def _value(value: object) -> str:
+    if isinstance(value, frozenset):
+        return "+".join(sorted(map(str, value))) or "nothing"
     if callable(value):
         return call_text(value)
     return f"{value:g}" if isinstance(value, float) else repr(value)

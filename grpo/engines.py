@@ -6,13 +6,15 @@ small one in this process, so that the same driver runs with and without a clust
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from grpo.types import (
+    Float32,
     Group,
     LoadReport,
+    MeasureRequest,
     Rollout,
     SampleRequest,
     Score,
@@ -57,6 +59,30 @@ class PolicyLearner(Protocol):
 
     async def publish(self, version: int) -> WeightRef:
         """Make the current weights fetchable under this version."""
+        ...
+
+
+class Measuring(Protocol):
+    """A learner that answers an algorithm's questions about groups before they are trained on."""
+
+    async def measure(self, request: MeasureRequest) -> Mapping[str, list[list[Float32]]]:
+        """By name, for each group, for each of its rows: [T] under the current weights."""
+        ...
+
+
+class LearningScorer(Protocol):
+    """A scorer whose own model is trained on the groups of each step."""
+
+    async def learn(self, groups: Sequence[Group]) -> Mapping[str, float]:
+        """Train on groups that are scored already; the metrics of that."""
+        ...
+
+    async def save(self, folder: Path) -> None:
+        """Write all that `load` needs to go on as if never stopped."""
+        ...
+
+    async def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote."""
         ...
 
 

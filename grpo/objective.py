@@ -8,10 +8,10 @@ only: this half, too, can be read and validated without importing torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ class Signal(StrEnum):
 
     REFERENCE = "reference"  # log-probs of the frozen reference policy
     ENTROPY = "entropy"  # of the policy at every token, with gradient
+    HIDDEN = "hidden"  # last hidden states of the policy, for measures only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -38,6 +39,8 @@ class LossInputs:
     advantages: Tensor  # [N]
     weights: Tensor  # [N] 0: not trained
     policy_weights: Tensor  # [N]
+    origins: Tensor  # [N] of types.Origin
+    is_cross_context: Tensor  # [N] bool: sampled after another context, see TrainRow
     row: Tensor  # [N] int64, which row a token belongs to, 0..num_rows-1
     num_rows: int
 
@@ -66,6 +69,77 @@ class Penalty:
     fn: PenaltyFn
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowScore:
+    """One rollout of a whole group under the present weights, in numbers without gradient.
+
+    Sums and means are over the trained tokens (weight other than 0).
+    """
+
+    advantage: float  # mean of what the driver sent; an algorithm may send a label or a reward
+    log_prob_sum: float
+    log_ratio_sum: float  # of the present policy to that at the start of the step
+    ratio_mean: float
+    num_trained: int
+
+
+# All rows of one group that have a trained token -> the advantage of each, on all its tokens.
+GroupTerm = Callable[[Sequence[RowScore]], Sequence[float]]
+
+
+class OutputLayer(Protocol):
+    """The policy's own output layer, for measures that look beyond the sampled token."""
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """[n, H] -> [n, V] float32 log-softmax at the sampling temperature; keep n small."""
+        ...
+
+    @property
+    def chunk_tokens(self) -> int:
+        """An n that keeps [n, V] within the learner's memory budget."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MeasuredRow:
+    """One rollout of a whole group, for a measure; no gradient anywhere. T completion tokens."""
+
+    tokens: Tensor  # [T] int64
+    is_policy: Tensor  # [T] bool: the policy wrote it
+    log_probs: Tensor  # [T] under the present weights
+    reference_log_probs: Tensor | None  # [T]
+    entropy: Tensor | None  # [T]
+    hidden: Tensor | None  # [T, H] what the output layer multiplies to predict each token
+    label: float  # NaN: the pipeline gave none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """A [T] stream for each rollout of a group, computed before its batch is built."""
+
+    name: str
+    fn: Callable[[Sequence[MeasuredRow], OutputLayer | None], Sequence[Tensor]]  # layer: if HIDDEN
+    needs: frozenset[Signal] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learnable:
+    """A scalar with an optimiser of its own (plain SGD); it weighs the policy term of each row."""
+
+    name: str  # as the metric is called
+    initial: float
+    learning_rate: float
+    weights: Callable[[Tensor, Tensor], Tensor]  # (trained lengths of a group [G], scalar) -> [G]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceUpdate:
+    """The reference follows the policy: every so many steps r <- decay * r + (1 - decay) * p."""
+
+    every: int
+    decay: float  # 0: a copy
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
     """From log-probabilities to one number to minimise."""
@@ -75,6 +149,11 @@ class Objective:
     gates: tuple[Gate, ...] = ()
     penalties: tuple[Penalty, ...] = ()
     needs: frozenset[Signal] = frozenset()
+    measures: tuple[Measure, ...] = ()
+    group_term: GroupTerm | None = None
+    learnable: Learnable | None = None
+    reference_update: ReferenceUpdate | None = None
+    stage: Objective | None = None  # of batches with `is_stage`
 
 
 def loss_and_metrics(objective: Objective, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:

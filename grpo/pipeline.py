@@ -17,9 +17,11 @@ from grpo.types import (
     Dropped,
     Float64,
     Group,
+    Prompt,
     RolloutPlan,
     Span,
     StepReport,
+    TrainRow,
 )
 
 # The algorithm's own memory (guidance length, prompt history, ...): a frozen record or None.
@@ -42,7 +44,9 @@ class RewardedGroup:
         return np.where(np.isnan(self.components).all(axis=1), np.nan, total)
 
 
+Skip = Callable[[Prompt, State], str | None]  # the reason to sample nothing for this prompt
 Plan = Callable[[Group, State], tuple[RolloutPlan, ...]]
+Labels = Callable[[Group, State], Float64]  # [G]
 # (group so far, all scorers) -> what each has to judge next; asked until nothing is left to judge
 Spans = Callable[[Group, tuple[str, ...]], Mapping[str, tuple[Span, ...]]]
 Select = Callable[[Group, State], Group | Dropped]
@@ -53,6 +57,27 @@ TokenWeight = Callable[[Group, State], PerToken]
 Aggregation = Callable[[Sequence[list[Bool]]], list[PerToken]]  # masks of an update -> coefficients
 Adapt = Callable[[State, Sequence[RewardedGroup], StepReport], State]
 Metrics = Callable[[Sequence[RewardedGroup], State], Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A [T] stream that the learner computes under its present weights before rewards are formed.
+
+    It is found as `rollout.measured[name]`; `Objective.measures` says how it is computed.
+    """
+
+    name: str
+    labels: Labels | None = None  # what the computation has to know of each rollout; None: nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Another kind of update now and then, on rows that the steps before it left behind."""
+
+    every: int  # steps
+    collect: Callable[[RewardedGroup, State], tuple[TrainRow, ...]]  # rows that one group leaves
+    groups_per_update: int  # rows of the same `TrainRow.group` stay in one update
+    learning_rate_scale: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,4 +96,9 @@ class Pipeline:
     # Scale the whole loss of a token, penalties included, and leave the means as they are.
     loss_weight: tuple[TokenWeight, ...] = ()
     metrics: tuple[Metrics, ...] = ()  # what the algorithm itself wants plotted; changes nothing
+    skip: tuple[Skip, ...] = ()  # asked in order before a prompt is sampled
+    # Plans of a later wave see the scores of the earlier ones; else scoring follows the last wave.
+    scores_between_waves: bool = False
+    measures: tuple[Measured, ...] = ()
+    stage: Stage | None = None
     initial_state: State = None

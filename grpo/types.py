@@ -57,12 +57,30 @@ class Sampling:
     max_tokens: int  # budget of one completion, guidance included
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefix:
+    """The first `end` tokens of a rollout of the same group."""
+
+    rollout: int
+    end: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RolloutPlan:
-    """What an algorithm asks for: one rollout of the group, in the algorithm's own terms."""
+    """What an algorithm asks for: one rollout of the group, in the algorithm's own terms.
 
-    guidance: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))  # forced first tokens
-    context: Int32 | None = None  # None: the tokens of the prompt
+    A completion begins with the prefix that it continues, then `guidance`, then `suffix`; the
+    engine writes the rest. A prefix keeps its log-probs, versions and origins; guidance and suffix
+    are given tokens.
+    """
+
+    guidance: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    text: str | None = None  # a prompt instead of the data set's, before the chat template
+    trains_on_prompt: bool = False  # sampled after `text`, trained after the data set's prompt
+    continues: Prefix | None = None
+    replaces: bool = False  # takes the place of the rollout that it continues
+    suffix: str = ""  # text, tokenised as it stands
+    max_new_tokens: int | None = None  # None: up to the budget of a completion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -75,6 +93,14 @@ class SampleRequest:
     guidance: Int32  # first tokens of the completion, given and not sampled
     sampling: Sampling
     seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Tokens of a completion up to `end` that were sampled together; `id` is theirs alone."""
+
+    id: int  # within the group; selecting or numbering rollouts anew leaves it as it is
+    end: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -90,6 +116,12 @@ class Rollout:
     text: str  # tokens without special ones
     token_ends: Int32  # [T] end of each token in `text`, in characters
     finish_reason: FinishReason
+    train_context: Int32 | None = None  # [L] what the learner conditions on; None: `context`
+    # How it came to be, piece by piece; the last one ends at T. Two rollouts share tokens as long
+    # as their pieces have the same ids. Empty: sampled at once, shared with nobody.
+    lineage: tuple[Piece, ...] = ()
+    # [T] each, by name: what the learner was asked about it before the batch is built.
+    measured: Mapping[str, Float32] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -151,6 +183,7 @@ class Dropped:
     prompt: str
     reason: str  # few distinct values: "constant_outcome", "scorer_failed", ...
     detail: str = ""
+    is_planned: bool = False  # skipped on purpose before anything was sampled: raises no alarm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -167,6 +200,10 @@ class TrainRow:
     behaviour_log_probs: Float32  # [T]
     versions: Int32  # [T]
     origins: NDArray[np.uint8]  # [T]
+    reference_log_probs: Float32 | None = None  # [T] where they are known already
+    # The tokens were sampled after another context than `context`: the ratio is taken to
+    # `behaviour_log_probs`, and no importance weight applies.
+    is_cross_context: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -180,6 +217,17 @@ class TrainBatch:
     step: int
     version: int  # of the weights that the learner holds before the first update
     updates: tuple[tuple[TrainRow, ...], ...]
+    is_stage: bool = False  # of `Objective.stage`; counts as no step of the learning rate
+    learning_rate_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MeasureRequest:
+    """What the learner is asked about whole groups before their batch is built."""
+
+    names: tuple[str, ...]  # of `Objective.measures`
+    groups: tuple[tuple[TrainRow, ...], ...]
+    labels: tuple[Float64, ...]  # [G] for each group, as the algorithm labels its rollouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

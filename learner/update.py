@@ -121,18 +121,21 @@ def loss_inputs(
         return torch.from_numpy(np.concatenate(arrays)).to(device)
 
     proximal = outputs[0].detach() if proximal is None else proximal
-    guided = stream([row.origins for row in block.rows]) == Origin.GUIDANCE
+    origins = stream([row.origins for row in block.rows])
+    crosses = [np.full(len(row.tokens), row.is_cross_context) for row in block.rows]
     behaviour = stream([row.behaviour_log_probs for row in block.rows])
     return LossInputs(
         log_probs=outputs[0],
         proximal_log_probs=proximal,
         # Nobody sampled a guidance token: its importance is 1 by definition.
-        behaviour_log_probs=torch.where(guided, proximal, behaviour),
+        behaviour_log_probs=torch.where(origins == Origin.GUIDANCE, proximal, behaviour),
         reference_log_probs=reference,
         entropy=outputs[1] if with_entropy else None,
         advantages=stream([row.advantages for row in block.rows]),
         weights=stream([row.weights for row in block.rows]),
         policy_weights=stream([row.policy_weights for row in block.rows]),
+        origins=origins,
+        is_cross_context=stream(crosses),
         row=block.row.to(device),
         num_rows=len(block.rows),
     )

@@ -109,7 +109,7 @@ def _requests(
         SampleRequest(
             group=group.id,
             index=first + offset,
-            context=group.prompt.tokens if plan.context is None else plan.context,
+            context=group.prompt.tokens,
             guidance=plan.guidance,
             sampling=common.sampling,
             seed=rollout_seed(common.run_seed, group.id, wave, first + offset),

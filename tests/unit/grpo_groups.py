@@ -110,6 +110,10 @@ def loss_inputs(
         advantages=torch.tensor(flat([row.advantages for row in rows])),
         weights=torch.tensor(flat([row.weights for row in rows])),
         policy_weights=torch.tensor(flat([row.policy_weights for row in rows])),
+        origins=torch.tensor(flat([row.origins for row in rows])).to(torch.uint8),
+        is_cross_context=torch.tensor(
+            flat([np.full(len(row.tokens), row.is_cross_context) for row in rows])
+        ).bool(),
         row=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths)),
         num_rows=len(rows),
     )
@@ -139,6 +143,8 @@ def token_inputs(
         advantages=doubles([1.0] * size if advantages is None else advantages),
         weights=torch.ones(size, dtype=torch.float64),
         policy_weights=torch.ones(size, dtype=torch.float64),
+        origins=torch.zeros(size, dtype=torch.uint8),
+        is_cross_context=torch.zeros(size, dtype=torch.bool),
         row=torch.zeros(size, dtype=torch.int64),
         num_rows=1,
     )

@@ -92,7 +92,7 @@ def test_independent_rollouts_are_asked_for_once_from_the_plain_prompt():
     empty = scored([])
     plans = independent(empty, None, num_generations=3)
     assert len(plans) == 3
-    assert all(plan.context is None and len(plan.guidance) == 0 for plan in plans)
+    assert all(plan.text is None and len(plan.guidance) == 0 for plan in plans)
     assert independent(four(), None, num_generations=3) == ()
 
 

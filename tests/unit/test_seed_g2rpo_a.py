@@ -150,7 +150,7 @@ def plans_for(solution, *, state=None, prompt_solution=True, **settings):
 def test_the_first_rollouts_of_a_group_continue_the_solution_and_the_rest_start_afresh():
     found = plans_for(range(10, 30), state=GuidanceState(length=3), num_generations=12)
     assert [plan.guidance.tolist() for plan in found] == [[10, 11, 12]] * 2 + [[]] * 10
-    assert all(plan.context is None for plan in found)
+    assert all(plan.text is None for plan in found)
 
 
 def test_a_prompt_without_a_solution_is_not_guided():
