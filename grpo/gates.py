@@ -1,6 +1,7 @@
 """Weights on the policy term that need the learner's own log-probabilities; never a gradient.
 
-A gate leaves the penalties alone. Tensors are used through their methods only. N tokens.
+A gate leaves the penalties alone. Importance is 1 on cross-context tokens: their ratio is taken to
+the policy that sampled them already. Tensors are used through their methods only. N tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def truncated_importance(inputs: LossInputs, *, cap: float) -> Tensor:
     (guidance) has its proximal log-probability as behaviour, hence 1.
     """
     log_ratio = inputs.proximal_log_probs - inputs.behaviour_log_probs
-    return log_ratio.detach().exp().clamp(max=cap)
+    return _same_context(log_ratio.detach().exp().clamp(max=cap), inputs)
 
 
 def truncated_sequence_importance(inputs: LossInputs, *, cap: float) -> Tensor:
@@ -33,13 +34,13 @@ def truncated_sequence_importance(inputs: LossInputs, *, cap: float) -> Tensor:
 
     Token log-weights 0, 1.2, 0 and cap 2: exp(1.2) = 3.32, hence 2.
     """
-    return _row_importance(inputs).clamp(max=cap)
+    return _same_context(_row_importance(inputs).clamp(max=cap), inputs)
 
 
 def masked_importance(inputs: LossInputs, *, low: float, high: float) -> Tensor:
     """The weight of a token if it lies in [low, high], else 0: MIS, IcePop with 0.5 and 5. [N]"""
     weight = _log_weight(inputs).exp()
-    return weight * _within(weight, low=low, high=high)
+    return _same_context(weight * _within(weight, low=low, high=high), inputs)
 
 
 def masked_sequence_importance(inputs: LossInputs, *, low: float, high: float) -> Tensor:
@@ -48,7 +49,7 @@ def masked_sequence_importance(inputs: LossInputs, *, low: float, high: float) -
     Weights 3.32 and 0.67 with bounds 0 and 3: 0 and 0.67.
     """
     weight = _row_importance(inputs)
-    return weight * _within(weight, low=low, high=high)
+    return _same_context(weight * _within(weight, low=low, high=high), inputs)
 
 
 def geometric_filter(inputs: LossInputs, *, low: float, high: float) -> Tensor:
@@ -57,7 +58,8 @@ def geometric_filter(inputs: LossInputs, *, low: float, high: float) -> Tensor:
     The mean only decides; the weight of a token that stays is its own and is not bounded.
     """
     mean = row_mean(_log_weight(inputs), inputs).exp()
-    return _log_weight(inputs).exp() * _within(mean, low=low, high=high)
+    weight = _log_weight(inputs).exp() * _within(mean, low=low, high=high)
+    return _same_context(weight, inputs)
 
 
 def off_policy_filter(inputs: LossInputs, *, delta: float) -> Tensor:
@@ -68,7 +70,7 @@ def off_policy_filter(inputs: LossInputs, *, delta: float) -> Tensor:
     """
     gap = row_mean(inputs.behaviour_log_probs - inputs.log_probs.detach(), inputs)
     is_left = (inputs.advantages < 0) & (gap > delta)
-    return (~is_left).to(gap.dtype)
+    return _same_context((~is_left).to(gap.dtype), inputs)
 
 
 def probability_weight(
@@ -96,6 +98,11 @@ def linear_probability_weight(inputs: LossInputs, *, share: float) -> Tensor:
     share 0.3: 0.73 at p = 0.1, 0.97 at 0.9.
     """
     return share * inputs.log_probs.detach().exp() + (1 - share)
+
+
+def _same_context(importance: Tensor, inputs: LossInputs) -> Tensor:
+    """1 where another context was sampled from: there the gap is what the loss is about."""
+    return importance.masked_fill(inputs.is_cross_context, 1.0)
 
 
 def _log_weight(inputs: LossInputs) -> Tensor:

@@ -67,6 +67,8 @@ class Penalty:
     name: str  # as the metric is called
     coefficient: float
     fn: PenaltyFn
+    # Times a function of the penalty's own mean over the update, as a number without gradient.
+    scale: Callable[[float], float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,7 +111,7 @@ class MeasuredRow:
     log_probs: Tensor  # [T] under the present weights
     reference_log_probs: Tensor | None  # [T]
     entropy: Tensor | None  # [T]
-    hidden: Tensor | None  # [T, H] what the output layer multiplies to predict each token
+    hidden: Tensor | None  # [T, H] float32: what the output layer multiplies to predict each token
     label: float  # NaN: the pipeline gave none
 
 
@@ -162,11 +164,7 @@ def loss_and_metrics(objective: Objective, inputs: LossInputs) -> tuple[Tensor, 
     Every metric is a weighted sum with the same coefficients as the loss, so that adding over
     micro-batches and ranks gives the step's mean.
     """
-    log_ratio = objective.log_ratio(inputs)
-    term = objective.surrogate(log_ratio, inputs)
-    policy = term.loss * inputs.policy_weights
-    for gate in objective.gates:
-        policy = policy * gate(inputs).detach()
+    policy, term = _policy_terms(objective, inputs)
     loss = (inputs.weights * policy).sum()
     metrics = {
         "policy_loss": loss.detach(),
@@ -175,6 +173,25 @@ def loss_and_metrics(objective: Objective, inputs: LossInputs) -> tuple[Tensor, 
     }
     for penalty in objective.penalties:
         value = (inputs.weights * penalty.fn(inputs)).sum()
-        loss = loss + penalty.coefficient * value
+        # The learner puts the scale of the whole update into the coefficient beforehand; where
+        # these rows are the whole update this is the same.
+        scale = 1.0 if penalty.scale is None else penalty.scale(value.item())
+        loss = loss + penalty.coefficient * scale * value
         metrics[penalty.name] = value.detach()
     return loss, metrics
+
+
+def row_policy_losses(objective: Objective, inputs: LossInputs) -> Tensor:
+    """The part of the loss that is the policy term, by row and without gradient. [num_rows]"""
+    policy, _ = _policy_terms(objective, inputs)
+    losses = (inputs.weights * policy).detach()
+    return losses.new_zeros(inputs.num_rows).index_add(0, inputs.row, losses)
+
+
+def _policy_terms(objective: Objective, inputs: LossInputs) -> tuple[Tensor, Surrogate]:
+    """Gates * policy weight * surrogate of every token [N], and the surrogate."""
+    term = objective.surrogate(objective.log_ratio(inputs), inputs)
+    policy = term.loss * inputs.policy_weights
+    for gate in objective.gates:
+        policy = policy * gate(inputs).detach()
+    return policy, term

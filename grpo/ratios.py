@@ -21,6 +21,21 @@ def token_log_ratio(inputs: LossInputs) -> Tensor:
     return inputs.log_probs - inputs.proximal_log_probs
 
 
+def cross_context_log_ratio(inputs: LossInputs) -> Tensor:
+    """Log of policy now / policy that sampled on cross-context tokens, `token_log_ratio` else. [N]
+
+    The two policies differ in what they read: pi(token | prompt) / pi_old(token | prompt, hint)
+    (Guide-GRPO, arXiv:2506.13923). Log-probabilities -1.6 now and 0 then: -1.6, ratio 0.2.
+    """
+    sampled = inputs.behaviour_log_probs.where(inputs.is_cross_context, inputs.proximal_log_probs)
+    return inputs.log_probs - sampled
+
+
+def behaviour_log_ratio(inputs: LossInputs) -> Tensor:
+    """Log of policy now / policy that sampled, for answers stored with their log-probs. [N]"""
+    return inputs.log_probs - inputs.behaviour_log_probs
+
+
 def weighted_log_ratio(inputs: LossInputs, *, weight: Gate) -> Tensor:
     """Log of weight times ratio: PPO-clip then bounds weight and ratio together. [N]
 

@@ -6,12 +6,15 @@ and algorithms. Every method is called on all ranks, in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from grpo.objective import OutputLayer
 from learner.packing import Block
 
 T = TypeVar("T")
@@ -22,8 +25,10 @@ class Backend(Protocol):
 
     device: torch.device
 
-    def forward(self, block: Block, *, with_entropy: bool) -> tuple[Tensor, ...]:
-        """Log-probabilities [N] of the block's completion tokens and, if asked for, entropy [N]."""
+    def forward(
+        self, block: Block, *, with_entropy: bool = False, with_hidden: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Log-probabilities [N] of the block's completion tokens, entropy [N], hidden [N, H]."""
         ...
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
@@ -45,16 +50,24 @@ class Backend(Protocol):
         """The value of each rank, on every rank."""
         ...
 
+    def output_layer(self) -> AbstractContextManager[OutputLayer]:
+        """The policy's output layer, usable on every rank by itself until the context ends."""
+        ...
+
+    def whole_weights(self) -> Iterator[Mapping[str, Tensor]]:
+        """All weights by name, some at a time, on every rank; each part until the next one."""
+        ...
+
     def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """All weights on CPU, tied ones once, on rank 0; empty elsewhere."""
         ...
 
-    def save(self, folder: Path, *, steps_done: int) -> None:
-        """Write weights, master weights and optimiser state."""
+    def save(self, folder: Path, *, own: Mapping[str, float]) -> None:
+        """Write weights, master weights, optimiser state and the learner's own numbers."""
         ...
 
-    def load(self, folder: Path) -> int:
-        """Read what `save` wrote; the steps done."""
+    def load(self, folder: Path) -> Mapping[str, float]:
+        """Read what `save` wrote; the learner's own numbers."""
         ...
 
     def close(self) -> None:

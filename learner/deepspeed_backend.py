@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from grpo.errors import Fatal
 from learner.config import LearnerConfig
 from learner.packing import Block
-from learner.policy import Policy, policy_inputs
+from learner.policy import LogProbHead, Policy, policy_inputs
 from learner.torch_backend import adamw
 from learner.weights import named_weights, to_cpu
 
@@ -64,9 +64,11 @@ class DeepSpeedBackend:
         self._rank = torch.distributed.get_rank()
         self._world_size = torch.distributed.get_world_size()
 
-    def forward(self, block: Block, *, with_entropy: bool) -> tuple[Tensor, ...]:
+    def forward(
+        self, block: Block, *, with_entropy: bool = False, with_hidden: bool = False
+    ) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self._engine(
-            **policy_inputs(block, self.device), with_entropy=with_entropy
+            **policy_inputs(block, self.device), with_entropy=with_entropy, with_hidden=with_hidden
         )
         return outputs
 
@@ -103,20 +105,30 @@ class DeepSpeedBackend:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        weights: dict[str, Tensor] = {}
+    @contextlib.contextmanager
+    def output_layer(self) -> Iterator[LogProbHead]:
+        head = self._policy.head
+        with self._gathered([weight for weight in (head.weight, head.bias) if weight is not None]):
+            yield head
+
+    def whole_weights(self) -> Iterator[dict[str, Tensor]]:
         for names in self._buckets():
             with self._gathered(list(names.values())):
-                if self._rank == 0:
-                    weights |= {name: to_cpu(weight, dtype) for name, weight in names.items()}
+                yield names
+
+    def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = {}
+        for names in self.whole_weights():
+            if self._rank == 0:
+                weights |= {name: to_cpu(weight, dtype) for name, weight in names.items()}
         return weights
 
-    def save(self, folder: Path, *, steps_done: int) -> None:
+    def save(self, folder: Path, *, own: Mapping[str, float]) -> None:
         self._engine.save_checkpoint(
-            str(folder), tag=TAG, client_state={"steps_done": steps_done}, save_latest=False
+            str(folder), tag=TAG, client_state={"own": dict(own)}, save_latest=False
         )
 
-    def load(self, folder: Path) -> int:
+    def load(self, folder: Path) -> dict[str, float]:
         path, state = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise Fatal(
@@ -124,7 +136,8 @@ class DeepSpeedBackend:
                 f"{self._config.zero_stage} in {folder}: resume with the ranks and the zero_stage "
                 "that wrote it"
             )
-        return int(state["steps_done"])
+        own: dict[str, float] = state["own"]
+        return own
 
     def close(self) -> None:
         self._engine.destroy()

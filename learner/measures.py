@@ -1,6 +1,6 @@
 """What the learner measures in a step, added up over micro-batches and ranks.
 
-Refuses to know the model and the backend. N tokens of a micro-batch.
+Refuses to know the model. N tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grpo.objective import LossInputs
 from grpo.types import Origin, TrainRow
+from learner.backend import Backend
 
 
 class Stopwatch:
@@ -33,7 +34,40 @@ class Stopwatch:
             self.seconds[name] += time.perf_counter() - started
 
 
-def add(total: dict[str, Tensor], terms: dict[str, Tensor]) -> None:
+class Tally:
+    """The sums of one step; `version` is of the weights that the learner holds before it."""
+
+    def __init__(self, version: int) -> None:
+        self._version = version
+        self._losses: dict[str, Tensor] = {}
+        self._gaps: dict[str, Tensor] = {}
+        self._largest_gap = 0.0
+
+    def add(
+        self, inputs: LossInputs, rows: Sequence[TrainRow], losses: Mapping[str, Tensor]
+    ) -> None:
+        """Count one micro-batch; every rank hands in the same names."""
+        gaps, largest = agreement_sums(inputs, rows, self._version)
+        add(self._losses, losses)
+        add(self._gaps, gaps)
+        self._largest_gap = max(self._largest_gap, largest)
+
+    def metrics(self, backend: Backend, *, num_updates: int) -> dict[str, float]:
+        """Losses as means over the updates; how far policy and engine agree."""
+        losses = reduced(backend, self._losses)
+        gaps = reduced(backend, self._gaps)
+        largest = max(backend.collect(self._largest_gap))
+        means = {name: total / num_updates for name, total in losses.items()}
+        return means | agreement(gaps, largest)
+
+
+def reduced(backend: Backend, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Sums over all ranks. Every rank has the same names: each ran a micro-batch."""
+    total = backend.sum_over_ranks(torch.stack(list(sums.values())))
+    return dict(zip(sums, total.tolist(), strict=True))
+
+
+def add(total: dict[str, Tensor], terms: Mapping[str, Tensor]) -> None:
     """Add sums to sums of the same names, in double precision."""
     for name, term in terms.items():
         value = term.detach().double()
@@ -47,9 +81,11 @@ def agreement_sums(
 
     Fresh tokens were sampled by the very weights that the learner holds: a difference is
     numerical, or a bug; the largest one is the second result. Counted tokens are all that some
-    policy sampled and the loss weighs.
+    policy sampled and the loss weighs. Tokens sampled after another context cannot be compared.
     """
-    by_policy = np.concatenate([row.origins for row in rows]) == Origin.POLICY
+    by_policy = np.concatenate(
+        [(row.origins == Origin.POLICY) & (not row.is_cross_context) for row in rows]
+    )
     by_these_weights = np.concatenate([row.versions for row in rows]) == version
     device = inputs.weights.device
     fresh = torch.from_numpy(by_policy & by_these_weights).to(device)

@@ -27,6 +27,8 @@ class Block:
     predictors: Tensor  # [N] place in the flattened block that predicts each completion token
     targets: Tensor  # [N] the completion tokens
     row: Tensor  # [N] index into `rows`
+    places: tuple[int, ...]  # of `rows` among the rows that were shared out
+    is_idle: bool = False  # one weightless row stands in where a rank has none of its own
 
 
 def shares(lengths: Sequence[int], *, max_tokens: int, ranks: int) -> list[list[list[int]]]:
@@ -66,14 +68,15 @@ def lines(lengths: Sequence[int]) -> list[list[int]]:
     return filled
 
 
-def pack(rows: Sequence[TrainRow]) -> Block:
+def pack(rows: Sequence[TrainRow], places: Sequence[int] | None = None) -> Block:
     """Lay whole rows out in a block as long as the longest."""
     layout = lines([row.num_tokens for row in rows])
     length = max(row.num_tokens for row in rows)
     input_ids = np.zeros((len(layout), length), np.int64)
     position_ids = np.zeros((len(layout), length), np.int64)
     predictors: list[np.ndarray] = []
-    ordered: list[TrainRow] = []
+    order = [index for indices in layout for index in indices]
+    ordered = [rows[index] for index in order]
     for line, indices in enumerate(layout):
         start = 0
         for row in (rows[index] for index in indices):
@@ -82,7 +85,6 @@ def pack(rows: Sequence[TrainRow]) -> Block:
             position_ids[line, start:end] = np.arange(row.num_tokens)
             first = line * length + start + len(row.context)
             predictors.append(np.arange(first - 1, first - 1 + len(row.tokens)))
-            ordered.append(row)
             start = end
     num_tokens = [len(row.tokens) for row in ordered]
     return Block(
@@ -92,6 +94,7 @@ def pack(rows: Sequence[TrainRow]) -> Block:
         predictors=torch.from_numpy(np.concatenate(predictors)),
         targets=torch.from_numpy(np.concatenate([row.tokens for row in ordered]).astype(np.int64)),
         row=torch.from_numpy(np.repeat(np.arange(len(ordered)), num_tokens)),
+        places=tuple(order if places is None else (places[index] for index in order)),
     )
 
 
@@ -104,9 +107,14 @@ def blocks(rows: Sequence[TrainRow], *, max_tokens: int, rank: int, ranks: int) 
                 f"{len(row.tokens)} completion tokens: both must be at least 1"
             )
     lengths = [row.num_tokens for row in rows]
-    idle = weightless(min(rows, key=lambda row: row.num_tokens))
     mine = shares(lengths, max_tokens=max_tokens, ranks=ranks)[rank]
-    return [pack([rows[index] for index in part] or [idle]) for part in mine]
+    return [pack([rows[i] for i in part], part) if part else idle(rows) for part in mine]
+
+
+def idle(rows: Sequence[TrainRow]) -> Block:
+    """The shortest row once more, counting for nothing."""
+    place = min(range(len(rows)), key=lambda index: rows[index].num_tokens)
+    return replace(pack([weightless(rows[place])], [place]), is_idle=True)
 
 
 def weightless(row: TrainRow) -> TrainRow:

@@ -51,9 +51,13 @@ class LogProbHead(nn.Module):
             ]
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """[n, H] -> [n, V] float32; the weights must be whole (`Backend.output_layer`)."""
+        logits = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return (logits.float() / self.temperature).log_softmax(-1)
+
     def _chunk(self, hidden: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
-        logits = functional.linear(hidden, self.weight, self.bias).float() / self.temperature
-        log_probs = logits.log_softmax(-1)
+        log_probs = self.log_probs(hidden)
         chosen = log_probs.gather(-1, targets[:, None]).squeeze(-1)
         if not with_entropy:
             return (chosen,)
@@ -77,8 +81,11 @@ class Policy(nn.Module):
         predictors: Tensor,
         targets: Tensor,
         with_entropy: bool = False,
+        with_hidden: bool = False,
     ) -> tuple[Tensor, ...]:
-        """The fields of a Block -> log-probabilities [N] and, if asked for, entropy [N].
+        """The fields of a Block -> log-probabilities [N]; if asked for, entropy [N], hidden [N, H].
+
+        A hidden state is what the output layer multiplies to predict its token.
 
         Without an attention mask and a cache, transformers reads from `position_ids` where a
         sequence starts and masks attention across it.
@@ -86,8 +93,12 @@ class Policy(nn.Module):
         decoder = self.model.get_decoder()
         output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)[predictors]
-        head = self.model.get_output_embeddings()
-        return cast(tuple[Tensor, ...], head(hidden, targets, with_entropy))
+        outputs = self.head(hidden, targets, with_entropy)
+        return (*outputs, hidden) if with_hidden else cast(tuple[Tensor, ...], outputs)
+
+    @property
+    def head(self) -> LogProbHead:
+        return cast(LogProbHead, self.model.get_output_embeddings())
 
 
 def policy_inputs(block: Block, device: torch.device) -> dict[str, Tensor]:

@@ -9,17 +9,23 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from grpo.algorithms import ALGORITHMS
-from grpo.objective import Objective, Signal
-from grpo.types import StepReport, TrainBatch, TrainRow, WeightBundle
+from grpo.algorithms.user_file import found_algorithm
+from grpo.errors import Fatal
+from grpo.objective import Objective
+from grpo.objective_checks import needs_reference, refuse_impossible
+from grpo.types import Float32, MeasureRequest, StepReport, TrainBatch, TrainRow, WeightBundle
+from learner.answers import measured
 from learner.backend import Backend
 from learner.config import LearnerConfig
 from learner.environment import rank_environment
 from learner.policy import Policy, load_policy
+from learner.reference import Reference
+from learner.scalar import Scalar
 from learner.schedule import learning_rate_at
 from learner.torch_backend import TorchBackend
 from learner.update import Trainee, log_probs_of, run_step
@@ -54,6 +60,7 @@ class LearnerRank:
         self._model = model
         self._config = config
         self._objective = algorithm_objective(algorithm) if objective is None else objective
+        refuse_impossible(self._objective)
         self._total_steps = total_steps
         self._temperature = temperature
         self._rank = rank
@@ -75,38 +82,51 @@ class LearnerRank:
         torch.manual_seed(self._seed)
         policy = load_policy(self._model, self._config, temperature=self._temperature)
         self._pretrained = policy.model
-        needs_reference = Signal.REFERENCE in self._objective.needs
-        reference = copy.deepcopy(policy).requires_grad_(False).eval() if needs_reference else None
+        initial = copy.deepcopy(policy) if needs_reference(self._objective) else None
         backend = make_backend(policy, self._config)
+        learnable = self._objective.learnable
         self._trainee = Trainee(
             backend=backend,
             objective=self._objective,
-            reference=None if reference is None else reference.to(backend.device),
+            reference=None if initial is None else self._reference(initial, backend.device),
+            scalar=None if learnable is None else Scalar(learnable),
             max_tokens=self._config.max_tokens_per_microbatch,
             rank=self._rank,
             ranks=self._world_size,
         )
 
     def train(self, batch: TrainBatch) -> StepReport:
-        """Apply every update of the batch, at the learning rate of the next step."""
+        """Apply every update of the batch, at the learning rate of the next step.
+
+        A stage runs at the rate of the step before it, and is none itself.
+        """
+        done = self._steps_done
         rate = learning_rate_at(
-            self._steps_done, total_steps=self._total_steps, config=self._config
+            max(0, done - 1) if batch.is_stage else done,
+            total_steps=self._total_steps,
+            config=self._config,
         )
+        rate *= batch.learning_rate_scale
+        if batch.is_stage:
+            return run_step(self._staged(), batch, learning_rate=rate)
         report = run_step(self._trainee, batch, learning_rate=rate)
         self._steps_done += 1
+        self._update_reference()
         return report
+
+    def measure(self, request: MeasureRequest) -> Mapping[str, list[list[Float32]]]:
+        """By name, for each group, for each of its rows: [T] under the current weights."""
+        return measured(self._trainee, request)
 
     def log_probs(self, rows: Sequence[TrainRow]) -> list[list[float]]:
         """[T] log-probabilities of each row's completion under the current policy."""
-        place = {row: index for index, row in enumerate(rows)}  # by identity
         mine: dict[int, list[float]] = {}
         for block in self._trainee.blocks(rows):
             values = log_probs_of(self._trainee.backend, block).cpu()
-            for index, row in enumerate(block.rows):
-                if row in place:  # not the stand-in of an idle rank
-                    mine[place[row]] = values[block.row == index].tolist()
+            for index, place in enumerate(() if block.is_idle else block.places):
+                mine[place] = values[block.row == index].tolist()
         found = {k: v for part in self._trainee.backend.collect(mine) for k, v in part.items()}
-        return [found[place[row]] for row in rows]
+        return [found[place] for place in range(len(rows))]
 
     def publish(self, version: int) -> WeightBundle | None:
         """The current weights, on rank 0; None on the others."""
@@ -115,9 +135,14 @@ class LearnerRank:
 
     def save(self, folder: str) -> None:
         """Write the training state of every rank and, on rank 0, a `huggingface/` export."""
-        self._trainee.backend.save(Path(folder) / STATE_FOLDER, steps_done=self._steps_done)
+        own = {"steps_done": float(self._steps_done)}
+        if self._trainee.scalar is not None:
+            own["scalar"] = self._trainee.scalar.value
+        self._trainee.backend.save(Path(folder) / STATE_FOLDER, own=own)
         weights = self._gathered()
         if self._rank == 0:
+            if self._moving_reference is not None:
+                self._moving_reference.save(Path(folder) / STATE_FOLDER)
             export(
                 weights,
                 Path(folder) / EXPORT_FOLDER,
@@ -127,11 +152,36 @@ class LearnerRank:
 
     def load(self, folder: str) -> None:
         """Continue from what `save` wrote; nothing else has state, since nothing here is drawn."""
-        self._steps_done = self._trainee.backend.load(Path(folder) / STATE_FOLDER)
+        own = self._trainee.backend.load(Path(folder) / STATE_FOLDER)
+        self._steps_done = int(own["steps_done"])
+        if self._trainee.scalar is not None:
+            self._trainee.scalar.value = own["scalar"]
+        if self._moving_reference is not None:
+            self._moving_reference.load(Path(folder) / STATE_FOLDER)
 
     def close(self) -> None:
         """Leave the other ranks."""
         self._trainee.backend.close()
+
+    def _reference(self, initial: Policy, device: torch.device) -> Reference:
+        is_moving = self._objective.reference_update is not None
+        return Reference(initial, device=device, is_moving=is_moving)
+
+    @property
+    def _moving_reference(self) -> Reference | None:
+        """The reference, if it has a state of its own; else the model's files are all of it."""
+        return None if self._objective.reference_update is None else self._trainee.reference
+
+    def _update_reference(self) -> None:
+        update, reference = self._objective.reference_update, self._trainee.reference
+        if update is not None and reference is not None and self._steps_done % update.every == 0:
+            reference.follow(self._trainee.backend.whole_weights(), decay=update.decay)
+
+    def _staged(self) -> Trainee:
+        """The same policy under the objective of the stage."""
+        if self._objective.stage is None:
+            raise Fatal("the driver sent a batch of a stage, but the objective has no `stage`")
+        return replace(self._trainee, objective=self._objective.stage, scalar=None)
 
     def _gathered(self) -> dict[str, torch.Tensor]:
         weights = self._trainee.backend.gather(getattr(torch, self._config.rollout_dtype))
@@ -140,7 +190,7 @@ class LearnerRank:
 
 def algorithm_objective(algorithm: Mapping[str, object]) -> Objective:
     """The learner's half of {name: grpo, ...settings}."""
-    chosen = ALGORITHMS[str(algorithm["name"])]
+    chosen = found_algorithm(str(algorithm["name"]))
     settings = {key: value for key, value in algorithm.items() if key != "name"}
     return chosen.objective(chosen.config.model_validate(settings))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from learner.config import LearnerConfig
 from learner.packing import Block
-from learner.policy import Policy, policy_inputs
+from learner.policy import LogProbHead, Policy, policy_inputs
 from learner.weights import named_weights, to_cpu
 
 T = TypeVar("T")
@@ -48,9 +50,11 @@ class TorchBackend:
         ]
         self._optimizer = adamw(self._masters, config)
 
-    def forward(self, block: Block, *, with_entropy: bool) -> tuple[Tensor, ...]:
+    def forward(
+        self, block: Block, *, with_entropy: bool = False, with_hidden: bool = False
+    ) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self._policy(
-            **policy_inputs(block, self.device), with_entropy=with_entropy
+            **policy_inputs(block, self.device), with_entropy=with_entropy, with_hidden=with_hidden
         )
         return outputs
 
@@ -80,29 +84,36 @@ class TorchBackend:
     def collect(self, value: T) -> list[T]:
         return [value]
 
+    def output_layer(self) -> contextlib.AbstractContextManager[LogProbHead]:
+        return contextlib.nullcontext(self._policy.head)
+
+    def whole_weights(self) -> Iterator[dict[str, Tensor]]:
+        yield named_weights(self._policy.model)
+
     def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {
             name: to_cpu(weight, dtype)
             for name, weight in named_weights(self._policy.model).items()
         }
 
-    def save(self, folder: Path, *, steps_done: int) -> None:
+    def save(self, folder: Path, *, own: Mapping[str, float]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         state = {
-            "steps_done": steps_done,
+            "own": dict(own),
             "masters": [master.detach() for master in self._masters],
             "optimizer": self._optimizer.state_dict(),
         }
         torch.save(state, folder / STATE_FILE)
 
-    def load(self, folder: Path) -> int:
+    def load(self, folder: Path) -> dict[str, float]:
         state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
         with torch.no_grad():
             for master, saved in zip(self._masters, state["masters"], strict=True):
                 master.copy_(saved)
         self._copy_masters()
         self._optimizer.load_state_dict(state["optimizer"])
-        return int(state["steps_done"])
+        own: dict[str, float] = state["own"]
+        return own
 
     def close(self) -> None:
         pass

@@ -1,6 +1,7 @@
 """One step: forward, objective, backward over micro-batches, optimiser, for each update.
 
 Refuses to know which backend holds the policy and which algorithm built the objective.
+R rows of an update, N completion tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -13,21 +14,34 @@ import torch
 from torch import Tensor
 
 from grpo.errors import NonFinite
-from grpo.objective import LossInputs, Objective, Signal, loss_and_metrics
-from grpo.types import Origin, StepReport, TrainBatch, TrainRow
+from grpo.group_terms import group_advantages, row_scores, with_advantages, with_row_weights
+from grpo.objective import (
+    GroupTerm,
+    LossInputs,
+    Objective,
+    RowScore,
+    Signal,
+    loss_and_metrics,
+    row_policy_losses,
+)
+from grpo.scaled_penalties import has_scales, scaled_penalty_sums, with_scales
+from grpo.types import StepReport, TrainBatch, TrainRow
 from learner.backend import Backend
-from learner.measures import Stopwatch, add, agreement, agreement_sums
+from learner.inputs import inputs_of, non_finite_cause, stream
+from learner.measures import Stopwatch, Tally
 from learner.packing import Block, blocks
-from learner.policy import Policy, policy_inputs
+from learner.reference import Reference
+from learner.scalar import Scalar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trainee:
-    """What a step works on: the policy, the frozen reference and the loss."""
+    """What a step works on: the policy, the reference and the loss."""
 
     backend: Backend
     objective: Objective
-    reference: Policy | None  # None: the objective does not ask for it
+    reference: Reference | None  # None: nothing of the objective asks for it
+    scalar: Scalar | None = None  # of `objective.learnable`
     max_tokens: int  # of one micro-batch
     rank: int
     ranks: int
@@ -37,76 +51,182 @@ class Trainee:
         return blocks(rows, max_tokens=self.max_tokens, rank=self.rank, ranks=self.ranks)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Update:
+    """One optimiser update, this rank's part of it as micro-batches."""
+
+    rows: tuple[TrainRow, ...]  # of all ranks
+    blocks: list[Block]
+    # [N] each: the policy at the start of the step. None: it is the current one, whose own pass
+    # is enough.
+    proximal: list[Tensor | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowNumbers:
+    """What whole groups decide about the rows of an update. None: nothing."""
+
+    advantages: list[float] | None  # [R] of the group term, instead of the driver's
+    weights: Tensor | None  # [R] of the learnable scalar, on top of the driver's
+    objective: Objective  # the scales of its penalties are in their coefficients
+
+
 def run_step(trainee: Trainee, batch: TrainBatch, *, learning_rate: float) -> StepReport:
     """Apply every update of the batch; raise NonFinite before the optimiser would spoil it."""
     watch = Stopwatch()
-    with watch.measure("pack"):
-        plan = [trainee.blocks(update) for update in batch.updates]
-    with watch.measure("proximal"):
-        proximal = proximal_log_probs(trainee, plan)
-    sums: dict[str, Tensor] = {}
-    largest_gap = 0.0
+    updates = prepared(trainee, batch.updates, watch)
+    tally = Tally(batch.version)
     norms: list[float] = []
-    for number, update in enumerate(plan):
-        where = f"step {batch.step}, update {number + 1} of {len(plan)}"
-        cause: str | None = None
-        for place, block in enumerate(update):
-            with watch.measure("reference"):
-                reference = reference_log_probs(trainee, block)
-            with watch.measure("forward_backward"):
-                inputs = loss_inputs(trainee, block, proximal[number][place], reference)
-                loss, terms = loss_and_metrics(trainee.objective, inputs)
-                if cause is None and not torch.isfinite(loss):
-                    cause = non_finite_cause(inputs, block.rows, loss.item())
-                # Even a hopeless micro-batch takes part: the other ranks wait for it.
-                trainee.backend.backward(loss, is_last=place == len(update) - 1)
-                gaps, gap = agreement_sums(inputs, block.rows, batch.version)
-                add(sums, {"loss": loss, **terms, **gaps})
-                largest_gap = max(largest_gap, gap)
+    for number, update in enumerate(updates):
+        where = f"step {batch.step}, update {number + 1} of {len(updates)}"
+        numbers = row_numbers(trainee, update, watch, is_first=number == 0)
+        row_losses, cause = accumulated(trainee, update, numbers, tally, watch)
         raise_if_any(trainee.backend.collect(cause), where)
+        # Without a token that counts there is no gradient, and the optimiser's momentum of earlier
+        # updates must not move the policy (an algorithm that trains in its stage alone).
+        is_counted = any(row.weights.any() for row in update.rows)
         with watch.measure("optimizer"):
-            norms.append(trainee.backend.step(learning_rate))
+            norms.append(trainee.backend.step(learning_rate if is_counted else 0.0))
         if not np.isfinite(norms[-1]):
             raise NonFinite(
                 f"{where}: every loss is finite, but the gradient norm is {norms[-1]}; the "
                 "optimiser has not moved. Lower learning_rate, or resume from an older checkpoint"
             )
+        if trainee.scalar is not None:
+            trainee.scalar.learn(update.rows, trainee.backend.sum_over_ranks(row_losses))
     with watch.measure("reduce"):
-        totals = reduced(trainee.backend, sums)
-        largest_gap = max(trainee.backend.collect(largest_gap))
+        measured = tally.metrics(trainee.backend, num_updates=len(updates))
+    if trainee.scalar is not None:
+        measured[trainee.scalar.name] = trainee.scalar.value
     metrics = {
-        **{name: totals[name] / len(plan) for name in ("loss", *terms)},
+        **measured,
         "grad_norm": sum(norms) / len(norms),
         "learning_rate": learning_rate,
         "num_tokens": float(sum(row.num_tokens for update in batch.updates for row in update)),
-        **agreement(totals, largest_gap),
     }
     return StepReport(metrics=metrics, timings_s=dict(watch.seconds))
 
 
-def proximal_log_probs(trainee: Trainee, plan: list[list[Block]]) -> list[list[Tensor | None]]:
-    """The policy at the start of the step, by update and micro-batch.
+def prepared(
+    trainee: Trainee, updates: Sequence[tuple[TrainRow, ...]], watch: Stopwatch
+) -> list[Update]:
+    """Every update in micro-batches, with the policy at the start of the step.
 
-    None where a single update makes it the current policy, whose own pass is enough.
+    Rows that come again in a later update (another epoch) are packed and computed once.
     """
-    if len(plan) == 1:
-        return [[None] * len(plan[0])]
-    return [[log_probs_of(trainee.backend, block) for block in update] for update in plan]
+    seen: dict[tuple[int, ...], Update] = {}
+    plan = [tuple(id(row) for row in rows) for rows in updates]
+    for key, rows in zip(plan, updates, strict=True):
+        if key in seen:
+            continue
+        with watch.measure("pack"):
+            parts = trainee.blocks(rows)
+        with watch.measure("proximal"):
+            proximal = [
+                None if len(updates) == 1 else log_probs_of(trainee.backend, block)
+                for block in parts
+            ]
+        seen[key] = Update(rows=rows, blocks=parts, proximal=proximal)
+    return [seen[key] for key in plan]
+
+
+def row_numbers(
+    trainee: Trainee, update: Update, watch: Stopwatch, *, is_first: bool
+) -> RowNumbers:
+    """What group term, scales of penalties and learnable scalar say of this update's rows."""
+    objective, scalar = trainee.objective, trainee.scalar
+    advantages: list[float] | None = None
+    if objective.group_term is not None or has_scales(objective):
+        with watch.measure("group_term"):
+            present = present_inputs(trainee, update, is_first=is_first)
+            if objective.group_term is not None:
+                advantages = new_advantages(trainee, objective.group_term, update, present)
+            sums = [scaled_penalty_sums(objective, inputs) for _, inputs in present]
+            parts = trainee.backend.collect(sums)
+            objective = with_scales(objective, [part for rank in parts for part in rank])
+    weights = None if scalar is None else scalar.row_weights(update.rows)
+    return RowNumbers(advantages=advantages, weights=weights, objective=objective)
+
+
+def present_inputs(
+    trainee: Trainee, update: Update, *, is_first: bool
+) -> list[tuple[Block, LossInputs]]:
+    """This rank's rows under the present policy, without gradient; a pass over all of them."""
+    found = []
+    for block, proximal in zip(update.blocks, update.proximal, strict=True):
+        # Before the first update the policy still is the one at the start of the step.
+        is_known = is_first and proximal is not None
+        log_probs = proximal if is_known else log_probs_of(trainee.backend, block)
+        assert log_probs is not None
+        if not block.is_idle:
+            # Of the loss's signals, a scaled penalty may read the reference.
+            known = reference_log_probs(trainee, block) if has_scales(trainee.objective) else None
+            inputs = inputs_of(block, log_probs, proximal=proximal, reference=known)
+            found.append((block, inputs))
+    return found
+
+
+def new_advantages(
+    trainee: Trainee,
+    term: GroupTerm,
+    update: Update,
+    present: Sequence[tuple[Block, LossInputs]],
+) -> list[float]:
+    """The advantage of each row [R] by the group term."""
+    mine: dict[int, RowScore] = {}
+    for block, inputs in present:
+        mine |= dict(zip(block.places, row_scores(inputs), strict=True))
+    found = {k: score for part in trainee.backend.collect(mine) for k, score in part.items()}
+    scores = [found[place] for place in range(len(update.rows))]
+    return group_advantages(term, [row.group for row in update.rows], scores)
+
+
+def accumulated(
+    trainee: Trainee, update: Update, numbers: RowNumbers, tally: Tally, watch: Stopwatch
+) -> tuple[Tensor, str | None]:
+    """Run all micro-batches backward.
+
+    Returns the policy loss of this rank's rows before they are weighed, 0 for the others [R], and
+    what is no number.
+    """
+    row_losses = torch.zeros(len(update.rows), dtype=torch.float64, device=trainee.backend.device)
+    cause: str | None = None
+    for number, (block, proximal) in enumerate(zip(update.blocks, update.proximal, strict=True)):
+        with watch.measure("reference"):
+            reference = reference_log_probs(trainee, block)
+        with watch.measure("forward_backward"):
+            inputs = loss_inputs(trainee, block, proximal, reference)
+            if numbers.advantages is not None:
+                inputs = with_advantages(inputs, [numbers.advantages[i] for i in block.places])
+            if numbers.weights is not None:
+                if not block.is_idle:
+                    losses = row_policy_losses(numbers.objective, inputs)
+                    row_losses[list(block.places)] = losses.double()
+                inputs = with_row_weights(inputs, numbers.weights[list(block.places)])
+            loss, terms = loss_and_metrics(numbers.objective, inputs)
+            if cause is None and not torch.isfinite(loss):
+                cause = non_finite_cause(inputs, block.rows, loss.item())
+            # Even a hopeless micro-batch takes part: the other ranks wait for it.
+            trainee.backend.backward(loss, is_last=number == len(update.blocks) - 1)
+            tally.add(inputs, block.rows, {"loss": loss, **terms})
+    return row_losses, cause
 
 
 @torch.no_grad()
 def log_probs_of(backend: Backend, block: Block) -> Tensor:
     """[N] of the block's completion tokens, without gradient."""
-    return backend.forward(block, with_entropy=False)[0]
+    return backend.forward(block)[0]
 
 
-@torch.no_grad()
 def reference_log_probs(trainee: Trainee, block: Block) -> Tensor | None:
-    """[N] of the frozen reference, if the objective asks for it."""
-    if trainee.reference is None:
+    """[N] of the reference, if the objective asks for it; no pass where the rows bring them."""
+    if Signal.REFERENCE not in trainee.objective.needs:
         return None
-    log_probs: Tensor = trainee.reference(**policy_inputs(block, trainee.backend.device))[0]
-    return log_probs
+    known = [row.reference_log_probs for row in block.rows if row.reference_log_probs is not None]
+    if len(known) == len(block.rows):
+        return stream(known, trainee.backend.device)
+    assert trainee.reference is not None
+    return trainee.reference.log_probs(block)
 
 
 def loss_inputs(
@@ -115,55 +235,8 @@ def loss_inputs(
     """Run the policy over a block and put every per-token stream beside its log-probabilities."""
     with_entropy = Signal.ENTROPY in trainee.objective.needs
     outputs = trainee.backend.forward(block, with_entropy=with_entropy)
-    device = outputs[0].device
-
-    def stream(arrays: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(device)
-
-    proximal = outputs[0].detach() if proximal is None else proximal
-    origins = stream([row.origins for row in block.rows])
-    crosses = [np.full(len(row.tokens), row.is_cross_context) for row in block.rows]
-    behaviour = stream([row.behaviour_log_probs for row in block.rows])
-    return LossInputs(
-        log_probs=outputs[0],
-        proximal_log_probs=proximal,
-        # Nobody sampled a guidance token: its importance is 1 by definition.
-        behaviour_log_probs=torch.where(origins == Origin.GUIDANCE, proximal, behaviour),
-        reference_log_probs=reference,
-        entropy=outputs[1] if with_entropy else None,
-        advantages=stream([row.advantages for row in block.rows]),
-        weights=stream([row.weights for row in block.rows]),
-        policy_weights=stream([row.policy_weights for row in block.rows]),
-        origins=origins,
-        is_cross_context=stream(crosses),
-        row=block.row.to(device),
-        num_rows=len(block.rows),
-    )
-
-
-def non_finite_cause(inputs: LossInputs, rows: Sequence[TrainRow], loss: float) -> str:
-    """Which number of which token spoilt the loss, as far as it can be told."""
-    streams = {
-        "weight": inputs.weights,
-        "advantage": inputs.advantages,
-        "policy weight": inputs.policy_weights,
-        "log-probability of the rollout engine": inputs.behaviour_log_probs,
-        "log-probability of the reference": inputs.reference_log_probs,
-        "log-probability of the policy": inputs.log_probs,
-        "entropy": inputs.entropy,
-    }
-    for name, values in streams.items():
-        bad = [] if values is None else (~torch.isfinite(values)).nonzero().flatten().tolist()
-        if values is not None and bad:
-            row = int(inputs.row[bad[0]])
-            token = int((inputs.row[: bad[0]] == row).sum())
-            return (
-                f"the {name} is {values[bad[0]].item()} at completion token {token} of rollout "
-                f"{rows[row].index} of group {rows[row].group} (and of {len(bad) - 1} more tokens "
-                f"of its micro-batch), so the loss is {loss}"
-            )
-    groups = sorted({row.group for row in rows})
-    return f"the loss of groups {groups} is {loss} although every input is finite"
+    entropy = outputs[1] if with_entropy else None
+    return inputs_of(block, outputs[0], proximal=proximal, reference=reference, entropy=entropy)
 
 
 def raise_if_any(causes: list[str | None], where: str) -> None:
@@ -171,9 +244,3 @@ def raise_if_any(causes: list[str | None], where: str) -> None:
     found = [cause for cause in causes if cause is not None]
     if found:
         raise NonFinite(f"{where}: {found[0]}; the optimiser has not moved")
-
-
-def reduced(backend: Backend, sums: dict[str, Tensor]) -> dict[str, float]:
-    """Sums over all ranks. Every rank has the same names: each ran a micro-batch."""
-    total = backend.sum_over_ranks(torch.stack(list(sums.values())))
-    return dict(zip(sums, total.tolist(), strict=True))

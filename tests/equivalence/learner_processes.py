@@ -6,6 +6,7 @@ import multiprocessing
 import queue
 import socket
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -14,12 +15,14 @@ import numpy as np
 import torch.distributed
 
 from grpo.errors import NonFinite
-from grpo.types import TrainBatch, TrainRow
+from grpo.types import MeasureRequest, TrainBatch, TrainRow
 from learner import policy
 from learner.config import LearnerConfig
 from learner.rank import LearnerRank
 from tests.unit.learner_cases import VOCABULARY, batch_of, overflowing_row, random_rows, rank_of
+from tests.unit.learner_objectives import MEASURE_NAMES, WHOLE_GROUPS
 
+Case = Callable[..., "Outcome"]
 DEADLINE_S = 240  # of all cases of one set of processes
 
 
@@ -33,6 +36,7 @@ class Outcome:
     resumed_image: bytes = b""  # the same, with a save and a load after the first step
     refusals: list[str] = field(default_factory=list)  # what NonFinite said
     image_after_refusals: bytes = b""
+    answers: dict[str, list[list[list[float]]]] = field(default_factory=dict)  # of `measure`
     error: str = ""
 
 
@@ -74,6 +78,39 @@ def run_case(config: LearnerConfig, *, model: str, rank: int, master: str, folde
     return outcome
 
 
+def run_whole_groups(
+    config: LearnerConfig, *, model: str, rank: int, master: str, folder: Path
+) -> Outcome:
+    """Steps, a stage and measures of an objective over whole groups; stopped and continued."""
+    rows = random_rows(19)
+    stage = replace(batch_of(rows[:8], rows[8:12]), is_stage=True)
+    # Three groups on two ranks: in the second turn one rank has nothing to measure.
+    groups = tuple(tuple(rows[start : start + 4]) for start in (0, 4, 8))
+    labels = tuple(np.arange(4.0) + group for group in range(3))
+    request = MeasureRequest(names=MEASURE_NAMES, groups=groups, labels=labels)
+    outcome = Outcome()
+    for is_resumed in (False, True):
+        learner = rank_of(model, config, rank=rank, master=master, objective=WHOLE_GROUPS)
+        if is_resumed:
+            learner.load(str(folder))
+        else:
+            outcome.metrics.append(dict(learner.train(batch_of(rows[:11], rows[11:])).metrics))
+            outcome.metrics.append(dict(learner.train(stage).metrics))
+            learner.save(str(folder))
+        found = learner.measure(request)
+        outcome.answers = {
+            name: [[stream.tolist() for stream in group] for group in of_name]
+            for name, of_name in found.items()
+        }
+        outcome.metrics.append(dict(learner.train(batch_of(rows[:5], step=1)).metrics))
+        if is_resumed:
+            outcome.resumed_image = image_of(learner)
+        else:
+            outcome.image = image_of(learner)
+        learner.close()
+    return outcome
+
+
 def image_of(learner: LearnerRank) -> bytes:
     bundle = learner.publish(0)
     return b"" if bundle is None else bundle.payload.tobytes()
@@ -86,6 +123,7 @@ def worker(
     model: str,
     folder: Path,
     results: Queue[tuple[int, dict[str, Outcome]]],
+    run: Case,
 ) -> None:
     """All cases one after the other: importing DeepSpeed takes longer than most of them.
 
@@ -102,7 +140,7 @@ def worker(
     outcomes: dict[str, Outcome] = {}
     for name, config in configs.items():
         try:
-            outcomes[name] = run_case(
+            outcomes[name] = run(
                 config, model=model, rank=rank, master=master, folder=folder / name
             )
         except Exception:
@@ -113,14 +151,19 @@ def worker(
 
 
 def outcomes_of(
-    configs: dict[str, LearnerConfig], *, ranks: int, model: str, folder: Path
+    configs: dict[str, LearnerConfig],
+    *,
+    ranks: int,
+    model: str,
+    folder: Path,
+    run: Case = run_case,
 ) -> list[dict[str, Outcome]]:
     """Run the cases on so many ranks; the outcomes of each rank by name."""
     context = multiprocessing.get_context("spawn")
     results: Queue[tuple[int, dict[str, Outcome]]] = context.Queue()
     master = f"127.0.0.1:{free_port()}"
     processes = [
-        context.Process(target=worker, args=(rank, configs, master, model, folder, results))
+        context.Process(target=worker, args=(rank, configs, master, model, folder, results, run))
         for rank in range(ranks)
     ]
     for process in processes:

@@ -11,7 +11,7 @@ from safetensors.torch import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.config import LearnerConfig
-from tests.equivalence.learner_processes import Outcome, outcomes_of, run_case
+from tests.equivalence.learner_processes import Outcome, outcomes_of, run_case, run_whole_groups
 from tests.unit.learner_cases import torch_config, write_model
 
 pytestmark = pytest.mark.slow
@@ -70,6 +70,32 @@ def by_deepspeed(model: str, folder: Path) -> dict[tuple[int, int], list[Outcome
                 outcomes.get(name, Outcome(error="not run")) for outcomes in of_ranks
             ]
     return found
+
+
+@pytest.fixture(scope="module")
+def groups_by_torch(model: str, folder: Path) -> Outcome:
+    environment = dict(os.environ)
+    outcome = run_whole_groups(
+        torch_config(**SETTINGS),
+        model=model,
+        rank=0,
+        master="127.0.0.1:1",
+        folder=folder / "groups_by_torch",
+    )
+    os.environ.clear()
+    os.environ.update(environment)
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def groups_on_two_ranks(model: str, folder: Path) -> dict[int, list[Outcome]]:
+    """Outcomes of both ranks by ZeRO stage."""
+    configs = {f"groups_zero{stage}": config_of(stage, 2) for stage in (2, 3)}
+    found = outcomes_of(configs, ranks=2, model=model, folder=folder, run=run_whole_groups)
+    return {
+        stage: [outcomes.get(name, Outcome(error="not run")) for outcomes in found]
+        for stage, name in zip((2, 3), configs, strict=True)
+    }
 
 
 def case(found: dict[tuple[int, int], list[Outcome]], stage: int, ranks: int) -> Outcome:
@@ -158,3 +184,33 @@ def test_untied_bfloat16_weights_keep_float32_masters_at_stages_2_and_3(
         assert outcome.resumed_image == outcome.image  # masters are saved and read back
         assert len(outcome.refusals) == 2
         assert outcome.image_after_refusals == outcome.image
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_whole_groups_cut_by_ranks_train_the_same_weights_scalar_and_reference(
+    groups_by_torch: Outcome, groups_on_two_ranks: dict[int, list[Outcome]], stage: int
+) -> None:
+    for outcome in groups_on_two_ranks[stage]:
+        assert not outcome.error, outcome.error
+        for metrics, expected in zip(outcome.metrics, groups_by_torch.metrics, strict=True):
+            assert metrics == pytest.approx(expected, abs=1e-4)
+    first = groups_on_two_ranks[stage][0]
+    assert_same_weights(first.image, groups_by_torch.image)
+    assert first.resumed_image == first.image
+    # The step after a resume reads the saved reference (kl) and the saved scalar.
+    assert first.metrics[3] == first.metrics[2]
+    assert first.metrics[2]["kl"] > 1e-4
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_every_rank_has_every_answer(
+    groups_by_torch: Outcome, groups_on_two_ranks: dict[int, list[Outcome]], stage: int
+) -> None:
+    for outcome in groups_on_two_ranks[stage]:
+        assert not outcome.error, outcome.error
+        for name, of_groups in groups_by_torch.answers.items():
+            for found, expected in zip(outcome.answers[name], of_groups, strict=True):
+                for values, others in zip(found, expected, strict=True):
+                    # A sum over all pairs of the group's tokens is large, and rounds as such.
+                    tolerance = 2e-2 if name == "likeness" else 1e-4
+                    assert values == pytest.approx(others, abs=tolerance, rel=1e-4)

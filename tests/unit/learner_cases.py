@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from grpo.objective import Objective
 from grpo.types import Origin, TrainBatch, TrainRow
 from learner.config import LearnerConfig
 from learner.rank import LearnerRank
@@ -108,6 +109,7 @@ def rank_of(
     rank: int = 0,
     master: str = "127.0.0.1:29500",
     total_steps: int = 10,
+    objective: Objective | None = None,
 ) -> LearnerRank:
     """A started learner rank."""
     learner = LearnerRank(
@@ -120,6 +122,7 @@ def rank_of(
         world_size=config.ranks,
         master=master,
         seed=0,
+        objective=objective,
     )
     learner.start()
     return learner

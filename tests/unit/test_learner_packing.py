@@ -16,6 +16,7 @@ from grpo.types import Origin, TrainRow
 from learner.packing import blocks, lines, pack, shares, weightless
 from learner.policy import load_policy, policy_inputs
 from learner.rank import algorithm_objective
+from learner.reference import Reference
 from learner.torch_backend import TorchBackend
 from learner.update import Trainee, loss_inputs, reference_log_probs
 from tests.unit.learner_cases import EVERYTHING, random_rows, torch_config, write_model
@@ -39,7 +40,9 @@ def trainee_of(model: str, other_model: str, max_tokens: int, **settings: object
     return Trainee(
         backend=TorchBackend(load_policy(model, config, temperature=TEMPERATURE), config),
         objective=algorithm_objective(EVERYTHING),
-        reference=load_policy(other_model, config, temperature=TEMPERATURE),
+        reference=Reference(
+            load_policy(other_model, config, temperature=TEMPERATURE), device=CPU, is_moving=False
+        ),
         max_tokens=max_tokens,
         rank=0,
         ranks=1,

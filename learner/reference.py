@@ -1,0 +1,76 @@
+"""The reference policy: the initial one, or a moving average that follows the policy.
+
+Whole on every rank. Refuses to know when it is asked to follow, and the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from learner.packing import Block
+from learner.policy import Policy, policy_inputs
+from learner.weights import METADATA, named_weights
+
+REFERENCE_FILE = "reference.safetensors"
+
+
+class Reference:
+    """Holds a policy that no optimiser touches."""
+
+    def __init__(self, policy: Policy, *, device: torch.device, is_moving: bool) -> None:
+        self._policy = policy.requires_grad_(False).eval().to(device)
+        self._device = device
+        self._weights = named_weights(self._policy.model)
+        # In bfloat16 a step of 0.5 % would be rounded away. Float32 weights are their own average.
+        self._averages = (
+            {name: _at_least_float32(weight) for name, weight in self._weights.items()}
+            if is_moving
+            else {}
+        )
+
+    @torch.no_grad()
+    def log_probs(self, block: Block) -> Tensor:
+        """[N] of the block's completion tokens."""
+        log_probs: Tensor = self._policy(**policy_inputs(block, self._device))[0]
+        return log_probs
+
+    @torch.no_grad()
+    def follow(self, weights: Iterable[Mapping[str, Tensor]], *, decay: float) -> None:
+        """r <- decay * r + (1 - decay) * p. decay 0.995, p = 2, r = 1: 1.005; decay 0: a copy."""
+        for part in weights:
+            for name, weight in part.items():
+                average = self._averages[name]
+                if average.is_floating_point():
+                    average.lerp_(weight.to(average), 1.0 - decay)
+                else:
+                    average.copy_(weight)
+        self._copy_averages()
+
+    def save(self, folder: Path) -> None:
+        """Write the averages."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: average.cpu().contiguous() for name, average in self._averages.items()}
+        save_file(weights, folder / REFERENCE_FILE, METADATA)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        saved = load_file(folder / REFERENCE_FILE)
+        for name, average in self._averages.items():
+            average.copy_(saved[name])
+        self._copy_averages()
+
+    def _copy_averages(self) -> None:
+        for name, weight in self._weights.items():
+            if weight is not self._averages[name]:
+                weight.copy_(self._averages[name])
+
+
+def _at_least_float32(weight: Tensor) -> Tensor:
+    if weight.is_floating_point() and weight.dtype != torch.float32:
+        return weight.detach().float()
+    return weight
