@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grpo.pipeline import PerToken
+import numpy as np
+
+from grpo.pipeline import Aggregation, PerToken
 from grpo.types import Bool
 
 
@@ -39,3 +41,32 @@ def fixed_length(masks: Sequence[list[Bool]], *, max_tokens: int) -> list[PerTok
     """
     num_rows = sum(len(group) for group in masks)
     return [[mask / (num_rows * max_tokens) for mask in group] for group in masks]
+
+
+def group_token_mean(masks: Sequence[list[Bool]]) -> list[PerToken]:
+    """Mean over groups of the mean over a group's trained tokens: every prompt weighs 1/P.
+
+    A group without a trained token stays in P. Groups of lengths 1, 3 and 2, 2: 1/8 each; 1, 1 and
+    2, 2: 1/4 and 1/8.
+    """
+    sizes = [max(sum(int(mask.sum()) for mask in group), 1) for group in masks]
+    return [
+        [mask / (len(masks) * size) for mask in group]
+        for group, size in zip(masks, sizes, strict=True)
+    ]
+
+
+def of_trained_rows(masks: Sequence[list[Bool]], *, aggregation: Aggregation) -> list[PerToken]:
+    """Another mean, as if rows without a trained token were not there.
+
+    For rollouts that serve another purpose, such as drafts: lengths 1 and 3 and an untrained one
+    in a sequence mean: 1/2 and 1/6 per token, where `sequence_mean` alone gives 1/3 and 1/9.
+    """
+    kept = iter(row for group in aggregation(_trained_rows(masks)) for row in group)
+    return [
+        [next(kept) if mask.any() else np.zeros(len(mask)) for mask in group] for group in masks
+    ]
+
+
+def _trained_rows(masks: Sequence[list[Bool]]) -> list[list[Bool]]:
+    return [[mask for mask in group if mask.any()] for group in masks]

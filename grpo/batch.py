@@ -21,6 +21,20 @@ from grpo.types import Bool, Float64, Group, TrainBatch, TrainRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Workings:
+    """Every number on the way from scores to the learner's sum; lists run over the P groups."""
+
+    rewarded: tuple[RewardedGroup, ...]
+    advantages: list[PerToken]
+    masks: list[list[Bool]]  # which tokens count, in numerator and mean
+    policy_weights: list[PerToken]  # multiply the policy term of a token's loss
+    means: list[PerToken]  # coefficients of the mean, which sum up within each update
+    loss_weights: list[PerToken]  # multiply the whole loss of a token
+    weights: list[PerToken]  # means * loss_weights: what the learner sums with
+    parts: tuple[slice, ...]  # the groups of each optimiser update
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BuiltBatch:
     """What goes to the learner, and what the driver keeps of it."""
 
@@ -38,33 +52,74 @@ def build_batch(
     step: int,
     version: int,
     num_updates: int,
+    num_epochs: int = 1,
 ) -> BuiltBatch:
-    """Turn the groups of one step into `num_updates` optimiser updates of whole groups."""
+    """Turn the groups of one step into `num_updates` optimiser updates of whole groups.
+
+    With `num_epochs` the same updates follow each other so many times. Rows that no loss weighs
+    are left out, but for one of an update that would be empty.
+    """
+    found = workings(pipeline, groups, state, num_updates=num_updates)
+    rows = rows_of_groups(found)
+    updates = [
+        _trained_rows([row for group_rows in rows[part] for row in group_rows])
+        for part in found.parts
+    ]
+    metrics = _metrics(pipeline, found.rewarded, found.masks)
+    for own in pipeline.metrics:
+        metrics |= own(found.rewarded, state)
+    return BuiltBatch(
+        batch=TrainBatch(step=step, version=version, updates=tuple(updates) * num_epochs),
+        rewarded=found.rewarded,
+        advantages=tuple(_means(per_token) for per_token in found.advantages),
+        metrics=metrics,
+    )
+
+
+def workings(
+    pipeline: Pipeline, groups: Sequence[Group], state: State, *, num_updates: int
+) -> Workings:
+    """All that the pipeline's points say of these groups, and what they are multiplied to."""
     if not 1 <= num_updates <= len(groups):
         raise ValueError(
             f"cannot cut {len(groups)} groups into {num_updates} updates of whole groups: "
             "updates_per_step must lie between 1 and num_prompts_per_step"
         )
+    parts = tuple(_parts(len(groups), num_updates))
     rewarded = tuple(_rewarded(pipeline, group, state) for group in groups)
-    advantages = pipeline.advantage(rewarded, state)
     masks = [_trained(pipeline, group, state) for group in groups]
-    policy_weights = [_product(pipeline.token_weight, group, state) for group in groups]
+    means = [mean for part in parts for mean in pipeline.aggregation(masks[part])]
     loss_weights = [_product(pipeline.loss_weight, group, state) for group in groups]
-    updates = []
-    for part in _parts(len(groups), num_updates):
-        means = zip(pipeline.aggregation(masks[part]), loss_weights[part], strict=True)
-        weights = [[a * b for a, b in zip(*pair, strict=True)] for pair in means]
-        streams = zip(groups[part], weights, advantages[part], policy_weights[part], strict=True)
-        updates.append(tuple(row for stream in streams for row in _rows(*stream)))
-    metrics = _metrics(pipeline, rewarded, masks)
-    for own in pipeline.metrics:
-        metrics |= own(rewarded, state)
-    return BuiltBatch(
-        batch=TrainBatch(step=step, version=version, updates=tuple(updates)),
+    return Workings(
         rewarded=rewarded,
-        advantages=tuple(_means(per_token) for per_token in advantages),
-        metrics=metrics,
+        advantages=pipeline.advantage(rewarded, state),
+        masks=masks,
+        policy_weights=[_product(pipeline.token_weight, group, state) for group in groups],
+        means=means,
+        loss_weights=loss_weights,
+        weights=[
+            [a * b for a, b in zip(*pair, strict=True)]
+            for pair in zip(means, loss_weights, strict=True)
+        ],
+        parts=parts,
     )
+
+
+def rows_of_groups(found: Workings) -> list[list[TrainRow]]:
+    """P times [G]: every rollout as the learner would see it, those of no weight included."""
+    groups = [item.group for item in found.rewarded]
+    streams = zip(groups, found.weights, found.advantages, found.policy_weights, strict=True)
+    return [_rows(*stream) for stream in streams]
+
+
+def plain_rows(group: Group) -> list[TrainRow]:
+    """[G] rows of weight 1 and advantage 0: to ask the learner about a group."""
+    ones = [np.ones(rollout.num_tokens) for rollout in group.rollouts]
+    return _rows(group, ones, [np.zeros_like(one) for one in ones], ones)
+
+
+def _trained_rows(rows: Sequence[TrainRow]) -> tuple[TrainRow, ...]:
+    return tuple(row for row in rows if row.weights.any()) or tuple(rows[:1])
 
 
 def _rewarded(pipeline: Pipeline, group: Group, state: State) -> RewardedGroup:

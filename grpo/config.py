@@ -52,6 +52,17 @@ class AlgorithmConfig(Schema):
         "likely than when sampled, by more than this mean log-ratio (0.5); null: off",
     )
     entropy_coef: float = Field(0.0, ge=0, description="bonus for the entropy of the policy")
+    negative_scale: float = Field(
+        1.0,
+        ge=0,
+        description="factor of negative advantages (arXiv:2404.14367); 0: only good answers teach",
+    )
+    reward_margin: float | None = Field(
+        None,
+        ge=0,
+        description="drop groups whose best answer is not better than their worst by more than "
+        "this, and sample others instead (arXiv:2404.14367); null: off",
+    )
 
     @model_validator(mode="after")
     def _bounds_belong_to_the_correction(self) -> Self:

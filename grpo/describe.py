@@ -5,12 +5,12 @@ Refuses to know the screen; everything is read from the two records and the docs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 
 from grpo.objective import Learnable, Measure, Objective, Penalty, ReferenceUpdate
-from grpo.pipeline import Measured, Pipeline, Stage
+from grpo.pipeline import Measured, Pipeline, Reward, Stage
 
 
 def described(pipeline: Pipeline, objective: Objective) -> list[tuple[str, list[str]]]:
@@ -41,6 +41,11 @@ def call_text(fn: Callable[..., object]) -> str:
     return f"{call_text(fn.func)}({', '.join(settings)})"
 
 
+def term_names(rewards: Sequence[Reward]) -> list[str]:
+    """A scorer's term is called as the scorer, any other as its function."""
+    return [_term_name(reward) for reward in rewards]
+
+
 def purpose(fn: Callable[..., object]) -> str:
     """The first line of the function's docstring."""
     inner = fn
@@ -49,13 +54,22 @@ def purpose(fn: Callable[..., object]) -> str:
     return (inner.__doc__ or "").strip().partition("\n")[0]
 
 
+def _term_name(reward: Reward) -> str:
+    if not isinstance(reward, partial):
+        return reward.__name__
+    scorer = reward.keywords.get("scorer")
+    return scorer if isinstance(scorer, str) else _term_name(reward.func)
+
+
 def _lines(value: object) -> list[str]:
     if isinstance(value, tuple):
         return [line for item in value for line in _lines(item)]
     if isinstance(value, frozenset):
         return sorted(value)
     if isinstance(value, Penalty):
-        return [f"{value.coefficient:g} * {call_text(value.fn)}: {purpose(value.fn)}"]
+        scale = "" if value.scale is None else f"{call_text(value.scale)} of its mean * "
+        head = f"{value.coefficient:g} * {scale}{call_text(value.fn)}"
+        return [f"{head}: {purpose(value.fn)}"]
     if isinstance(value, Measure | Measured | Stage | Learnable | ReferenceUpdate):
         return [_record_text(value)]
     if isinstance(value, Objective):
@@ -79,4 +93,8 @@ def _value(value: object) -> str:
         return "+".join(sorted(map(str, value))) or "nothing"
     if callable(value):
         return call_text(value)
+    if isinstance(value, tuple) and any(callable(item) for item in value):
+        return f"({', '.join(map(_value, value))})"
+    if isinstance(value, tuple) and any(map(callable, value)):
+        return f"({', '.join(map(_value, value))})"
     return f"{value:g}" if isinstance(value, float) else repr(value)

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from grpo.pipeline import State
-from grpo.types import Float64, Group, Origin, Rollout
+from grpo.types import Bool, Float64, Group, Origin, Rollout
 
 # Below this spread rewards are equal and what is left of them is round-off.
 CONSTANT_RANGE = 1e-8
@@ -110,9 +110,33 @@ def soft_overlong(group: Group, state: State, *, max_tokens: int, cache_tokens: 
     """
     lengths = np.array([rollout.num_tokens for rollout in group.rollouts], np.float64)
     penalty = np.clip((max_tokens - cache_tokens - lengths) / cache_tokens, -1.0, 0.0)
+    return np.where(is_judged(group), penalty, np.nan)
+
+
+def kl_to_reference(group: Group, state: State, *, coefficient: float) -> Float64:
+    """-coefficient * sum over an answer's own tokens of k1 = log sampled with - log reference. [G]
+
+    The KL term in the reward instead of in the loss, as REBEL (arXiv:2404.16767) and TRL's RLOO
+    have it; needs the measure "reference". Log-probabilities -1, -2 of a reference that gives
+    -1.5, -2, coefficient 0.1: -0.05. NaN for a rollout that no scorer judged.
+    """
+    sums = [float(log_ratio_to_reference(rollout).sum()) for rollout in group.rollouts]
+    return np.where(is_judged(group), -coefficient * np.array(sums, np.float64), np.nan)
+
+
+def log_ratio_to_reference(rollout: Rollout) -> Float64:
+    """Log-probability under the policy that sampled minus that of the reference; 0 on guidance. [T]
+
+    Both at the temperature of the sampling.
+    """
+    gap = rollout.log_probs.astype(np.float64) - rollout.measured["reference"]
+    return np.where(rollout.origins == Origin.POLICY, gap, 0.0)
+
+
+def is_judged(group: Group) -> Bool:
+    """Whether any scorer gave the rollout a value. [G]"""
     judged = {score.span.rollout for score in group.scores if score.value is not None}
-    is_judged = np.array([place in judged for place in range(len(group.rollouts))], bool)
-    return np.where(is_judged, penalty, np.nan)
+    return np.array([place in judged for place in range(len(group.rollouts))], bool)
 
 
 def _mean_log_prob(rollout: Rollout) -> float:

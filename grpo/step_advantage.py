@@ -15,7 +15,7 @@ import numpy as np
 
 from grpo.advantage import centred_values, every_token, standardized_values
 from grpo.pipeline import Advantage, PerToken, RewardedGroup, State
-from grpo.rewards import CONSTANT_RANGE, is_constant
+from grpo.rewards import CONSTANT_RANGE, is_constant, log_ratio_to_reference
 from grpo.types import Float64, Origin
 
 WHITENING_EPS = 1e-8  # verl's, added to the variance; it decides nothing where rewards differ
@@ -27,12 +27,14 @@ def whitened(
     *,
     baseline: Literal["none", "group"],
     gamma: float,
+    kl_coef: float | None = None,
 ) -> list[PerToken]:
     """REINFORCE++: returns minus their mean over all tokens of the step, over their deviation.
 
     The return of a token is gamma^(tokens after it) * reward (arXiv:2501.03262); with baseline
     "group" the group's mean is taken off first and every token gets the rest. Whitening counts
-    tokens, so long answers weigh more in the mean. Sample variance, as in verl.
+    tokens, so long answers weigh more in the mean. Sample variance, as in verl. With `kl_coef` each
+    token also earns -kl_coef * k1 to the reference, and the return sums gamma^(tokens between).
     Rewards 1, 0, 0, 1 of lengths 3, 2, 4, 1: 1.1619, -0.7746, -0.7746, 1.1619.
     """
     returns = [
@@ -43,7 +45,15 @@ def whitened(
         for item in groups
         for values in [item.rewards if baseline == "none" else _centred_or_nan(item.rewards)]
     ]
-    return _whitened_over_tokens(groups, returns)
+    if kl_coef is not None:
+        returns = [
+            [
+                row - kl_coef * _discounted_sums(log_ratio_to_reference(rollout), gamma)
+                for rollout, row in zip(item.group.rollouts, rows, strict=True)
+            ]
+            for item, rows in zip(groups, returns, strict=True)
+        ]
+    return whitened_over_tokens(groups, returns)
 
 
 def rescaled(groups: Sequence[RewardedGroup], state: State) -> list[PerToken]:
@@ -132,7 +142,7 @@ def decoupled(
     ]
     if batch_norm == "tokens":
         per_token = [every_token(i.group, values) for i, values in zip(groups, sums, strict=True)]
-        return _whitened_over_tokens(groups, per_token)
+        return whitened_over_tokens(groups, per_token)
     total = standardized_values(np.concatenate(sums), ddof=ddof, eps=eps)
     parts = np.split(total, np.cumsum([len(values) for values in sums])[:-1])
     return [every_token(item.group, part) for item, part in zip(groups, parts, strict=True)]
@@ -148,6 +158,14 @@ def decoupled_values(
     return np.where(np.isnan(components).all(axis=1), np.nan, total)
 
 
+def _discounted_sums(values: Float64, gamma: float) -> Float64:
+    """Of each token and those after it, discounted: 1, 2, 4 and gamma 0.5 give 3, 4, 4. [T]"""
+    sums = np.zeros(len(values) + 1)
+    for place in range(len(values) - 1, -1, -1):
+        sums[place] = values[place] + gamma * sums[place + 1]
+    return sums[:-1]
+
+
 def _mean(rewards: Float64) -> float:
     return float(np.nanmean(rewards)) if not np.isnan(rewards).all() else np.nan
 
@@ -156,7 +174,7 @@ def _centred_or_nan(rewards: Float64) -> Float64:
     return np.where(np.isnan(rewards), np.nan, centred_values(rewards))
 
 
-def _whitened_over_tokens(
+def whitened_over_tokens(
     groups: Sequence[RewardedGroup], returns: list[PerToken]
 ) -> list[PerToken]:
     """Tokens that the policy wrote, over their own mean and sample deviation in the step."""

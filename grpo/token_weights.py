@@ -11,12 +11,21 @@ from typing import Literal
 import numpy as np
 
 from grpo.pipeline import PerToken, State
+from grpo.rewards import is_judged
 from grpo.types import Bool, Group, Origin
 
 
 def policy_tokens_only(group: Group, state: State) -> list[Bool]:
     """Only what the policy wrote, the end-of-sequence token included."""
     return [rollout.origins == Origin.POLICY for rollout in group.rollouts]
+
+
+def judged_only(group: Group, state: State) -> list[Bool]:
+    """No token of an answer that no scorer judged."""
+    return [
+        np.full(rollout.num_tokens, judged)
+        for rollout, judged in zip(group.rollouts, is_judged(group), strict=True)
+    ]
 
 
 def not_truncated(group: Group, state: State) -> list[Bool]:
@@ -34,6 +43,16 @@ def not_end_of_sequence(group: Group, state: State) -> list[Bool]:
         np.arange(rollout.num_tokens) < rollout.num_tokens - (not rollout.is_truncated)
         for rollout in group.rollouts
     ]
+
+
+def no_token(group: Group, state: State) -> list[Bool]:
+    """Nothing is trained: another kind of update does it all."""
+    return [np.zeros(rollout.num_tokens, bool) for rollout in group.rollouts]
+
+
+def constant(group: Group, state: State, *, value: float) -> PerToken:
+    """The same weight on every token. [T]"""
+    return [np.full(rollout.num_tokens, value) for rollout in group.rollouts]
 
 
 def trace_weights(

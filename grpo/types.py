@@ -45,6 +45,7 @@ class Prompt:
     solution_tokens: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     domain: str = "default"
     columns: Mapping[str, object] = field(default_factory=dict)  # every column of the row
+    stored: Group | None = None  # answers that exist already, of a data set of groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +76,32 @@ class RolloutPlan:
     """
 
     guidance: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    # [len(guidance)]: some policy wrote it, with these log-probs, which makes the tokens POLICY
+    # ones of unknown version. None: it is given, and GUIDANCE.
+    guidance_log_probs: Float32 | None = None
     text: str | None = None  # a prompt instead of the data set's, before the chat template
     trains_on_prompt: bool = False  # sampled after `text`, trained after the data set's prompt
     continues: Prefix | None = None
     replaces: bool = False  # takes the place of the rollout that it continues
     suffix: str = ""  # text, tokenised as it stands
-    max_new_tokens: int | None = None  # None: up to the budget of a completion
+    # None: up to the budget of a completion. 0: what is given is all there is, nothing is sampled.
+    max_new_tokens: int | None = None
+    scores: tuple[Score, ...] = ()  # what was said of a given answer already
+
+    def __post_init__(self) -> None:
+        given, log_probs = self.guidance, self.guidance_log_probs
+        if self.replaces and self.continues is None:
+            raise ValueError("a plan replaces the rollout that it continues, but continues none")
+        if self.text is not None and self.continues is not None:
+            raise ValueError(
+                "a plan with a text of its own cannot continue another prompt's tokens"
+            )
+        if self.trains_on_prompt and self.text is None:
+            raise ValueError("trains_on_prompt is for a plan with a text of its own; it has none")
+        if self.max_new_tokens is not None and self.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected 0 or more")
+        if log_probs is not None and len(log_probs) != len(given):
+            raise ValueError(f"{len(given)} given tokens have {len(log_probs)} log-probs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -5,11 +5,14 @@ Importing it loads no torch.
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 from grpo.algorithms import (
+    bnpo,
     cispo,
     dapo,
+    disco,
     disco_scaling,
     dr_grpo,
     g2rpo_a,
@@ -17,27 +20,49 @@ from grpo.algorithms import (
     gfpo,
     gpg,
     grpo,
+    grpo_care,
     grpo_invariant,
     grpo_lambda,
     grpo_robust,
     gspo,
     gspo_token,
+    guide,
+    high_entropy,
+    igrpo,
+    lambda_grpo_length,
     lambda_grpo_prm,
     lite_ppo,
+    luffy,
+    mcts_dpo,
+    multi_label,
+    nthr,
     pods,
+    prime,
+    process_grpo,
     raft,
     raft_pp,
+    rebel,
     reinforce_pp,
     reinforce_pp_baseline,
     reinforce_rej,
     rloo,
+    s_grpo,
     sapo,
     sgpo,
+    spo_chain,
+    spo_tree,
+    srpo,
+    thr,
     tr_grpo,
+    treepo,
+    treerl,
+    tw_grpo,
     unlikeliness,
+    veripo,
     ws_grpo,
 )
 from grpo.algorithms.algorithm import Algorithm, Certainty, Kind
+from grpo.algorithms.options import with_knobs
 
 __all__ = ["ALGORITHMS", "Algorithm"]
 
@@ -53,7 +78,7 @@ def _of(
         kind=kind,
         certainty=certainty,
         config=module.Config,
-        pipeline=module.pipeline,
+        pipeline=partial(with_knobs, module.pipeline),
         objective=module.objective,
     )
 
@@ -134,7 +159,54 @@ _MEMBERS = (
         kind="weights",
         certainty="reconstructed",
     ),
+    _of(bnpo, title="BNPO", paper="TRL loss_type bnpo", kind="loss", certainty="code"),
+    _of(nthr, title="NTHR", paper="arXiv:2505.18830", kind="weights", certainty="paper"),
+    _of(thr, title="THR", paper="arXiv:2510.03669", kind="weights", certainty="reconstructed"),
+    _of(tw_grpo, title="TW-GRPO", paper="arXiv:2505.24718", kind="weights", certainty="code"),
+    _of(
+        high_entropy,
+        title="80/20 entropy rule",
+        paper="arXiv:2506.01939",
+        kind="weights",
+        certainty="code",
+    ),
+    _of(disco, title="DisCO", paper="arXiv:2505.12366", kind="loss", certainty="code"),
+    _of(rebel, title="REBEL", paper="arXiv:2404.16767", kind="loss", certainty="code"),
+    _of(
+        lambda_grpo_length,
+        title="lambda-GRPO, learnable length preference",
+        paper="arXiv:2510.06870",
+        kind="loss",
+        certainty="secondary",
+    ),
+    _of(grpo_care, title="GRPO-CARE", paper="arXiv:2506.16141", kind="reward", certainty="code"),
+    _of(
+        multi_label,
+        title="Multi-label reward regression",
+        paper="arXiv:2503.21819",
+        kind="reward",
+        certainty="secondary",
+    ),
     _of(disco_scaling, title="DISCO", paper="arXiv:2505.15074", kind="reward", certainty="code"),
+    _of(igrpo, title="iGRPO", paper="arXiv:2602.09000", kind="sampling", certainty="secondary"),
+    _of(guide, title="Guide-GRPO", paper="arXiv:2506.13923", kind="sampling", certainty="code"),
+    _of(luffy, title="LUFFY", paper="arXiv:2504.14945", kind="sampling", certainty="code"),
+    _of(s_grpo, title="S-GRPO", paper="arXiv:2505.07686", kind="sampling", certainty="secondary"),
+    _of(srpo, title="SRPO", paper="arXiv:2504.14286", kind="selection", certainty="secondary"),
+    _of(
+        process_grpo,
+        title="GRPO with process supervision",
+        paper="arXiv:2402.03300",
+        kind="process",
+        certainty="paper",
+    ),
+    _of(prime, title="PRIME", paper="arXiv:2502.01456", kind="process", certainty="code"),
+    _of(treepo, title="TreePO", paper="arXiv:2508.17445", kind="tree", certainty="code"),
+    _of(treerl, title="TreeRL", paper="arXiv:2506.11902", kind="tree", certainty="code"),
+    _of(spo_chain, title="SPO-chain", paper="arXiv:2505.23564", kind="tree", certainty="code"),
+    _of(spo_tree, title="SPO-tree", paper="arXiv:2505.23564", kind="tree", certainty="code"),
+    _of(mcts_dpo, title="MCTS-DPO", paper="arXiv:2405.00451", kind="stage", certainty="code"),
+    _of(veripo, title="VeriPO", paper="arXiv:2505.19000", kind="stage", certainty="reconstructed"),
 )
 
 ALGORITHMS: dict[str, Algorithm] = {member.name: member for member in _MEMBERS}

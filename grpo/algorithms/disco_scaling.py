@@ -18,6 +18,7 @@ from grpo.algorithms.options import (
     answer_pipeline,
     clipped_objective,
     judging,
+    length_terms,
     outcome_terms,
 )
 from grpo.objective import Objective
@@ -57,7 +58,7 @@ def pipeline(
     )
     return answer_pipeline(
         config,
-        rewards=(scaled,),
+        rewards=(scaled, *length_terms(config, outcomes)),
         advantage=advantage.centred,
         aggregation=aggregation.sequence_mean,
     )

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from grpo import adaptation, advantage, aggregation, guidance, plans, spans, token_weights
 from grpo.adaptation import Direction, OnZero
-from grpo.algorithms.options import StandardizedConfig, clipped_objective, outcome_terms
+from grpo.algorithms.options import StandardizedConfig, clipped_objective, reward_terms
 from grpo.algorithms.task_scorer import task_scorer
 from grpo.objective import Objective
 from grpo.pipeline import Adapt, Pipeline
@@ -114,7 +114,7 @@ def pipeline(
         ),
         spans=spans.whole_answer,
         select=(),
-        rewards=outcome_terms(outcomes),
+        rewards=reward_terms(config, outcomes),
         advantage=partial(advantage.standardized, ddof=config.std_ddof, eps=config.std_eps),
         trained=() if config.guidance_in_loss else (token_weights.policy_tokens_only,),
         token_weight=(),

@@ -19,7 +19,7 @@ from grpo.algorithms.options import (
     answer_pipeline,
     clipped_objective,
     judging,
-    outcome_terms,
+    reward_terms,
 )
 from grpo.objective import Objective
 from grpo.pipeline import Pipeline
@@ -89,7 +89,7 @@ def pipeline(
     if config.normalizer == "all":
         plain = answer_pipeline(
             config,
-            rewards=outcome_terms(outcomes),
+            rewards=reward_terms(config, outcomes),
             advantage=partial(
                 subsets.standardized_among_chosen, choose=choose, keep=keep, ddof=ddof, eps=eps
             ),
@@ -100,7 +100,7 @@ def pipeline(
         plain = answer_pipeline(
             config,
             select=(partial(subsets.keep_chosen, choose=choose, weights=judges, keep=keep),),
-            rewards=outcome_terms(outcomes),
+            rewards=reward_terms(config, outcomes),
             advantage=partial(advantage.standardized, ddof=ddof, eps=eps),
             aggregation=aggregation.token_mean,
         )

@@ -14,7 +14,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from grpo import adaptation, advantage, aggregation, plans, prefix_sets, spans, token_weights
-from grpo.algorithms.options import StandardizedConfig, clipped_objective, outcome_terms
+from grpo.algorithms.options import StandardizedConfig, clipped_objective, reward_terms
 from grpo.objective import Objective
 from grpo.pipeline import Advantage, Pipeline, TrainedMask
 
@@ -76,7 +76,7 @@ def pipeline(
         plan=partial(plans.independent, num_generations=config.num_generations),
         spans=spans.whole_answer,
         select=(),
-        rewards=outcome_terms(outcomes),
+        rewards=reward_terms(config, outcomes),
         advantage=_advantage(config),
         trained=trained,
         token_weight=(),

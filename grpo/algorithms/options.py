@@ -6,7 +6,8 @@ Refuses to know any algorithm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Literal, Self
 
@@ -25,9 +26,11 @@ from grpo import (
     surrogates,
     token_weights,
 )
+from grpo import advantage as advantages
 from grpo.config import AlgorithmConfig
-from grpo.objective import Gate, LogRatio, Objective, Penalty, Signal, SurrogateFn
-from grpo.pipeline import Advantage, Aggregation, Pipeline, Reward, Select
+from grpo.measures import REFERENCE
+from grpo.objective import Gate, LogRatio, Measure, Objective, Penalty, Signal, SurrogateFn
+from grpo.pipeline import Advantage, Aggregation, Measured, Pipeline, Reward, Select
 
 KL_ESTIMATORS = {
     "k2": penalties.k2,
@@ -57,7 +60,27 @@ BUDGET_LENGTH_REWARDS = {
 LENGTH_COEFFICIENTS = {"kimi": 1.0, "shorter_better": 0.001, "l1_exact": 3e-4, "l1_max": 3e-4}
 
 
-class GroupConfig(AlgorithmConfig):
+class LengthRewardConfig(AlgorithmConfig):
+    """Settings of a member that can add a reward for the length of an answer.
+
+    Coefficients of shorter_better and of l1_max are remembered, not read in the papers.
+    """
+
+    length_reward: Literal["none", "kimi", "shorter_better", "l1_exact", "l1_max"] = Field(
+        "none", description="a reward term for length beside those of the scorers"
+    )
+    length_coef: float | None = Field(
+        None,
+        gt=0,
+        description="its coefficient; null: kimi 1, shorter_better 0.001 per token, l1_exact and "
+        "l1_max 0.0003 per token",
+    )
+    length_budget_column: str = Field(
+        "token_budget", description="column of the data with the budget of l1_exact and l1_max"
+    )
+
+
+class GroupConfig(LengthRewardConfig):
     """Settings of a member that compares the answers of a group."""
 
     num_generations: int = Field(8, ge=2, description="G, rollouts per prompt; 1 has no baseline")
@@ -105,24 +128,45 @@ class StandardizedConfig(ClippedConfig, DeviationConfig):
     """Settings of a member that divides by the deviation and clips the ratio."""
 
 
-class LengthRewardConfig(AlgorithmConfig):
-    """Settings of a member that can add a reward for the length of an answer.
+class RightAnswerConfig(AlgorithmConfig):
+    """Settings of a member that asks of each answer whether it is right."""
 
-    Coefficients of shorter_better and of l1_max are remembered, not read in the papers.
-    """
+    right_above: float = Field(
+        0.0, description="an answer is right if the weighted sum of its scores is above this"
+    )
 
-    length_reward: Literal["none", "kimi", "shorter_better", "l1_exact", "l1_max"] = Field(
-        "none", description="a reward term for length beside those of the scorers"
+
+class KlInRewardConfig(AlgorithmConfig):
+    """Settings of a member that can put the KL term into the reward instead of into the loss."""
+
+    kl_in_reward: float = Field(
+        0.0,
+        ge=0,
+        description="coefficient of k1, log policy - log reference, taken off the reward; needs "
+        "the reference model. Beside it beta is a second KL term: set it to 0",
     )
-    length_coef: float | None = Field(
-        None,
-        gt=0,
-        description="its coefficient; null: kimi 1, shorter_better 0.001 per token, l1_exact and "
-        "l1_max 0.0003 per token",
-    )
-    length_budget_column: str = Field(
-        "token_budget", description="column of the data with the budget of l1_exact and l1_max"
-    )
+
+
+def with_knobs(
+    build: Callable[..., Pipeline],
+    config: AlgorithmConfig,
+    *,
+    outcomes: Mapping[str, float],
+    max_completion_length: int,
+) -> Pipeline:
+    """A member's pipeline with the knobs that every member has (arXiv:2404.14367)."""
+    pipeline = build(config, outcomes=outcomes, max_completion_length=max_completion_length)
+    if config.reward_margin is not None:
+        enough = partial(
+            selection.drop_if_small_margin, weights=judging(outcomes), margin=config.reward_margin
+        )
+        pipeline = replace(pipeline, select=(enough, *pipeline.select))
+    if config.negative_scale != 1:
+        scaled = partial(
+            advantages.negative_scaled, advantage=pipeline.advantage, scale=config.negative_scale
+        )
+        pipeline = replace(pipeline, advantage=scaled)
+    return pipeline
 
 
 def answer_pipeline(
@@ -202,6 +246,23 @@ def length_terms(config: LengthRewardConfig, outcomes: Mapping[str, float]) -> t
     column = config.length_budget_column
     term = BUDGET_LENGTH_REWARDS[kind]
     return (partial(term, weights=judges, coefficient=coef, column=column),)
+
+
+def kl_terms(config: KlInRewardConfig) -> tuple[Reward, ...]:
+    """The KL term of an answer as a reward term, where the config switches it on."""
+    if config.kl_in_reward == 0:
+        return ()
+    return (partial(rewards.kl_to_reference, coefficient=config.kl_in_reward),)
+
+
+def kl_measured(config: KlInRewardConfig) -> tuple[Measured, ...]:
+    """What the driver asks for so that the KL term can stand in the reward."""
+    return () if config.kl_in_reward == 0 else (Measured(name=REFERENCE.name),)
+
+
+def kl_measures(config: KlInRewardConfig) -> tuple[Measure, ...]:
+    """How the learner answers `kl_measured`."""
+    return () if config.kl_in_reward == 0 else (REFERENCE,)
 
 
 def judging(outcomes: Mapping[str, float]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from grpo.algorithms.options import (
     answer_pipeline,
     clipped_objective,
     judging,
-    outcome_terms,
+    reward_terms,
 )
 from grpo.objective import Objective
 from grpo.pipeline import Pipeline
@@ -61,7 +61,7 @@ def pipeline(
     return answer_pipeline(
         config,
         select=(keep,),
-        rewards=outcome_terms(outcomes),
+        rewards=reward_terms(config, outcomes),
         advantage=partial(advantage.standardized, ddof=config.std_ddof, eps=config.std_eps),
         aggregation=aggregation.sequence_mean,
     )

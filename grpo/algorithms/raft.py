@@ -17,8 +17,8 @@ from grpo.algorithms.options import (
     GroupConfig,
     answer_pipeline,
     judging,
-    outcome_terms,
     plain_objective,
+    reward_terms,
 )
 from grpo.objective import Objective
 from grpo.pipeline import Pipeline
@@ -47,7 +47,7 @@ def pipeline(
     return answer_pipeline(
         config,
         select=(keep,) if config.normalizer == "kept" else (),
-        rewards=outcome_terms(outcomes),
+        rewards=reward_terms(config, outcomes),
         advantage=advantage.accepted,
         aggregation=aggregation.token_mean,
     )

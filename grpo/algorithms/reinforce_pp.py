@@ -1,12 +1,13 @@
 """REINFORCE++ (arXiv:2501.03262): no group baseline; rewards are whitened over the step's tokens.
 
-One answer per prompt is enough. The KL term is a penalty in the loss; the paper subtracts it from
-the reward of each token.
+One answer per prompt is enough. The KL term is a penalty in the loss, or with `kl_in_reward` and
+`beta: 0` it is taken off the reward of each token, as in the paper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 from pydantic import Field
@@ -14,16 +15,18 @@ from pydantic import Field
 from grpo import aggregation, step_advantage
 from grpo.algorithms.options import (
     ClippedConfig,
-    LengthRewardConfig,
+    KlInRewardConfig,
     answer_pipeline,
     clipped_objective,
+    kl_measured,
+    kl_measures,
     reward_terms,
 )
 from grpo.objective import Objective
 from grpo.pipeline import Pipeline
 
 
-class Config(ClippedConfig, LengthRewardConfig):
+class Config(ClippedConfig, KlInRewardConfig):
     """Settings of REINFORCE++, with a clip range of 0.2."""
 
     num_generations: int = Field(8, ge=1, description="G, rollouts per prompt; 1 will do")
@@ -36,14 +39,20 @@ def pipeline(
     config: Config, *, outcomes: Mapping[str, float], max_completion_length: int
 ) -> Pipeline:
     """Returns, whitened over all tokens of the step; every token weighs the same."""
-    return answer_pipeline(
+    pipeline = answer_pipeline(
         config,
         rewards=reward_terms(config, outcomes),
-        advantage=partial(step_advantage.whitened, baseline="none", gamma=config.gamma),
+        advantage=partial(
+            step_advantage.whitened,
+            baseline="none",
+            gamma=config.gamma,
+            kl_coef=config.kl_in_reward or None,
+        ),
         aggregation=aggregation.token_mean,
     )
+    return replace(pipeline, measures=kl_measured(config))
 
 
 def objective(config: Config) -> Objective:
     """PPO-clip, symmetric unless `epsilon_high` is set."""
-    return clipped_objective(config)
+    return replace(clipped_objective(config), measures=kl_measures(config))

@@ -6,6 +6,7 @@ Unlike GRPO it divides by one deviation for the whole step, over tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 from pydantic import Field
@@ -13,16 +14,18 @@ from pydantic import Field
 from grpo import aggregation, step_advantage
 from grpo.algorithms.options import (
     ClippedConfig,
-    LengthRewardConfig,
+    KlInRewardConfig,
     answer_pipeline,
     clipped_objective,
+    kl_measured,
+    kl_measures,
     reward_terms,
 )
 from grpo.objective import Objective
 from grpo.pipeline import Pipeline
 
 
-class Config(ClippedConfig, LengthRewardConfig):
+class Config(ClippedConfig, KlInRewardConfig):
     """Settings of REINFORCE++-baseline, with a clip range of 0.2."""
 
     gamma: float = Field(
@@ -34,14 +37,20 @@ def pipeline(
     config: Config, *, outcomes: Mapping[str, float], max_completion_length: int
 ) -> Pipeline:
     """Centred returns, whitened over all tokens of the step; every token weighs the same."""
-    return answer_pipeline(
+    pipeline = answer_pipeline(
         config,
         rewards=reward_terms(config, outcomes),
-        advantage=partial(step_advantage.whitened, baseline="group", gamma=config.gamma),
+        advantage=partial(
+            step_advantage.whitened,
+            baseline="group",
+            gamma=config.gamma,
+            kl_coef=config.kl_in_reward or None,
+        ),
         aggregation=aggregation.token_mean,
     )
+    return replace(pipeline, measures=kl_measured(config))
 
 
 def objective(config: Config) -> Objective:
     """PPO-clip, symmetric unless `epsilon_high` is set."""
-    return clipped_objective(config)
+    return replace(clipped_objective(config), measures=kl_measures(config))

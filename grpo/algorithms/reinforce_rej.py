@@ -16,7 +16,7 @@ from grpo.algorithms.options import (
     answer_pipeline,
     clipped_objective,
     mixed_groups_only,
-    outcome_terms,
+    reward_terms,
 )
 from grpo.objective import Objective
 from grpo.pipeline import Pipeline
@@ -40,7 +40,7 @@ def pipeline(
     return answer_pipeline(
         config,
         select=(mixed_groups_only(outcomes),) if config.dynamic_sampling else (),
-        rewards=outcome_terms(outcomes),
+        rewards=reward_terms(config, outcomes),
         advantage=partial(advantage.right_or_wrong, threshold=config.right_above),
         aggregation=aggregation.token_mean,
     )

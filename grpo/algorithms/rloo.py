@@ -1,13 +1,14 @@
 """RLOO, REINFORCE leave-one-out (arXiv:2402.14740): the baseline is the mean of the others.
 
 TRL's form: an answer is one action, its ratio is that of the whole answer and is clipped as such.
-With `ratio: token` each token is an action, as in verl. The KL term is a penalty in the loss;
-TRL puts it into the reward.
+With `ratio: token` each token is an action, as in verl. The KL term is a penalty in the loss, or
+with `kl_in_reward: 0.05` and `beta: 0` part of the reward, as in TRL.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -15,9 +16,12 @@ from pydantic import Field
 from grpo import advantage, aggregation, ratios
 from grpo.algorithms.options import (
     ClippedConfig,
-    LengthRewardConfig,
+    KlInRewardConfig,
     answer_pipeline,
     clipped_objective,
+    kl_measured,
+    kl_measures,
+    kl_terms,
     reward_terms,
 )
 from grpo.objective import Objective
@@ -27,7 +31,7 @@ LOG_RATIOS = {"sequence": ratios.sequence_sum_log_ratio, "token": ratios.token_l
 MEANS = {"sequence": aggregation.sequence_mean, "token": aggregation.token_mean}
 
 
-class Config(ClippedConfig, LengthRewardConfig):
+class Config(ClippedConfig, KlInRewardConfig):
     """Settings of RLOO; `num_generations` and `beta` are TRL's."""
 
     num_generations: int = Field(2, ge=2, description="G, rollouts per prompt")
@@ -43,14 +47,16 @@ def pipeline(
     config: Config, *, outcomes: Mapping[str, float], max_completion_length: int
 ) -> Pipeline:
     """Rewards minus the mean of the other answers' rewards."""
-    return answer_pipeline(
+    pipeline = answer_pipeline(
         config,
-        rewards=reward_terms(config, outcomes),
+        rewards=reward_terms(config, outcomes) + kl_terms(config),
         advantage=advantage.leave_one_out,
         aggregation=MEANS[config.ratio],
     )
+    return replace(pipeline, measures=kl_measured(config))
 
 
 def objective(config: Config) -> Objective:
     """PPO-clip on the ratio of the answer, not divided by its length, or of the token."""
-    return clipped_objective(config, log_ratio=LOG_RATIOS[config.ratio])
+    clipped = clipped_objective(config, log_ratio=LOG_RATIOS[config.ratio])
+    return replace(clipped, measures=kl_measures(config))

@@ -12,8 +12,24 @@ from functools import partial
 
 from pydantic import Field
 
-from grpo import adaptation, advantage, aggregation, first_errors, plans, spans, token_weights
-from grpo.algorithms.options import StandardizedConfig, clipped_objective, outcome_terms
+from grpo import (
+    adaptation,
+    advantage,
+    aggregation,
+    first_errors,
+    plans,
+    ratios,
+    spans,
+    stored,
+    token_weights,
+)
+from grpo.algorithms.options import (
+    StandardizedConfig,
+    clipped_objective,
+    length_terms,
+    outcome_terms,
+    reward_terms,
+)
 from grpo.algorithms.task_scorer import task_scorer, without_step_scorer
 from grpo.first_errors import Scope, Shaping, TruncatedLength, Unit
 from grpo.objective import Objective
@@ -64,6 +80,12 @@ class Config(StandardizedConfig):
     all_wrong_scale: float = Field(
         1.0, gt=0, description="factor of the advantages of groups without a right answer"
     )
+    offline: bool = Field(
+        False,
+        description="train on a fixed set of judged answers: data.train is a file of groups "
+        "(`covey schema group`), and nothing is sampled; the ratio is taken to the stored "
+        "log-probabilities",
+    )
 
 
 def pipeline(
@@ -75,7 +97,7 @@ def pipeline(
         plan=partial(plans.independent, num_generations=config.num_generations),
         spans=spans.whole_answer,
         select=(),
-        rewards=outcome_terms(answers),
+        rewards=reward_terms(config, answers),
         advantage=partial(advantage.standardized, ddof=config.std_ddof, eps=config.std_eps),
         trained=(token_weights.policy_tokens_only,),
         token_weight=(),
@@ -83,10 +105,10 @@ def pipeline(
         adapt=adaptation.unchanged,
     )
     if config.step_scorer is None:
-        return plain
+        return _offline(plain) if config.offline else plain
     task = task_scorer(answers, named=config.outcome_scorer, setting="outcome_scorer")
     judge, scope, unit = config.step_scorer, config.scope, config.unit
-    return replace(
+    judged = replace(
         plain,
         spans=partial(
             spans.outcome_then_steps,
@@ -103,11 +125,25 @@ def pipeline(
             ),
         ),
     )
+    return _offline(judged) if config.offline else judged
 
 
 def objective(config: Config) -> Objective:
-    """PPO-clip, symmetric unless `epsilon_high` is set."""
-    return clipped_objective(config)
+    """PPO-clip, symmetric unless `epsilon_high` is set; offline from the stored log-probs."""
+    if not config.offline:
+        return clipped_objective(config)
+    # The ratio is to the policy that sampled: there is no other to correct for.
+    online = clipped_objective(config, log_ratio=ratios.behaviour_log_ratio)
+    return replace(online, gates=())
+
+
+def _offline(pipeline: Pipeline) -> Pipeline:
+    """Stored answers in place of sampled ones; scorers are asked for what is not stored."""
+    return replace(
+        pipeline,
+        plan=stored.stored_answers,
+        spans=partial(stored.unjudged_only, spans=pipeline.spans),
+    )
 
 
 def _rewards(
@@ -134,7 +170,8 @@ def _rewards(
         slope=config.slope,
         threshold=config.threshold,
     )
-    return (stepwise, *(outcome_terms(others) if any(others.values()) else ()))
+    terms: tuple[Reward, ...] = (stepwise, *(outcome_terms(others) if any(others.values()) else ()))
+    return terms + length_terms(config, answers)
 
 
 def _advantage(config: Config, task: str) -> Advantage:

@@ -14,9 +14,24 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from grpo import adaptation, advantage, aggregation, plans, spans, step_preference, token_weights
-from grpo.algorithms.options import StandardizedConfig, clipped_objective, judging
+from grpo import (
+    adaptation,
+    advantage,
+    aggregation,
+    early_stop,
+    plans,
+    spans,
+    step_preference,
+    token_weights,
+)
+from grpo.algorithms.options import (
+    StandardizedConfig,
+    clipped_objective,
+    judging,
+    length_terms,
+)
 from grpo.algorithms.task_scorer import without_step_scorer
+from grpo.early_stop import StopRule
 from grpo.objective import Objective
 from grpo.pipeline import Pipeline, Reward
 from grpo.step_preference import Reduction
@@ -59,6 +74,34 @@ class Config(StandardizedConfig):
         True, description="the outcome of a cut-off answer is 0, whatever its scorer found"
     )
 
+    early_stop: bool = Field(
+        False,
+        description="beyond the paper: write answers in segments, and do not continue one whose "
+        "last steps the preference model finds not worth taking",
+    )
+    segment_tokens: int = Field(64, ge=1, description="early_stop: tokens between two decisions")
+    stop_below: float = Field(
+        0.5, gt=0, lt=1, description="early_stop: a lower preference says: not worth taking"
+    )
+    stop_patience: int = Field(
+        2, ge=1, description="early_stop: so many such steps in a row stop an answer"
+    )
+    stop_phrase: str = Field(
+        "",
+        description="early_stop: given to a stopped answer, which then writes its result; empty: "
+        "it ends where it is, as cut off",
+    )
+    stop_room: int = Field(32, ge=2, description="early_stop: tokens for the phrase and the result")
+
+    @model_validator(mode="after")
+    def _stopping_needs_a_judge(self) -> Self:
+        if self.early_stop and self.preference_scorer is None:
+            raise ValueError(
+                "early_stop is true, but preference_scorer is null: nothing says which steps are "
+                "worth taking; name a scorer"
+            )
+        return self
+
     @model_validator(mode="after")
     def _range_is_one(self) -> Self:
         if self.min_steps > self.max_steps:
@@ -84,7 +127,7 @@ def pipeline(
         plan=partial(plans.independent, num_generations=config.num_generations),
         spans=spans.whole_answer,
         select=(),
-        rewards=_rewards(config, answers),
+        rewards=_rewards(config, answers) + length_terms(config, answers),
         advantage=partial(advantage.standardized, ddof=config.std_ddof, eps=config.std_eps),
         trained=(token_weights.policy_tokens_only,),
         token_weight=(),
@@ -108,12 +151,39 @@ def pipeline(
     prefixes = partial(
         spans.answers_and_prefixes, prefix_scorer=scorer, min_chars=config.min_step_chars
     )
-    return replace(plain, spans=prefixes)
+    judged = replace(plain, spans=prefixes)
+    if not config.early_stop:
+        return judged
+    return _stopping(config, judged, scorer=scorer, max_tokens=max_completion_length)
 
 
 def objective(config: Config) -> Objective:
     """PPO-clip, symmetric unless `epsilon_high` is set."""
     return clipped_objective(config)
+
+
+def _stopping(config: Config, judged: Pipeline, *, scorer: str, max_tokens: int) -> Pipeline:
+    """Segment by segment, with scores in between."""
+    rule = StopRule(
+        scorer=scorer,
+        segment_tokens=config.segment_tokens,
+        below=config.stop_below,
+        patience=config.stop_patience,
+        phrase=config.stop_phrase,
+        answer_tokens=config.stop_room,
+        max_tokens=max_tokens,
+        min_chars=config.min_step_chars,
+        literal_order=config.literal_order,
+    )
+    return replace(
+        judged,
+        plan=partial(
+            early_stop.segment_by_segment, num_generations=config.num_generations, rule=rule
+        ),
+        spans=partial(early_stop.spans_of_segments, rule=rule),
+        scores_between_waves=True,
+        metrics=(*judged.metrics, partial(early_stop.early_stop_metrics, rule=rule)),
+    )
 
 
 def _rewards(config: Config, answers: Mapping[str, float]) -> tuple[Reward, ...]:

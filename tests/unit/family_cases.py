@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from zlib import crc32
 
 import numpy as np
 import torch
 
 from grpo.algorithms import ALGORITHMS
-from grpo.batch import build_batch
+from grpo.batch import rows_of_groups, workings
 from grpo.describe import described
 from grpo.objective import LossInputs, Objective, loss_and_metrics
 from grpo.pipeline import Pipeline
-from grpo.types import Float64, Group, TrainRow
+from grpo.types import Float32, Float64, Group, Rollout, TrainRow
 from tests.unit.grpo_groups import LENGTHS, NEW, OLD, flat, loss_inputs, token_inputs
 
 
@@ -34,15 +36,35 @@ def differing_points(left, right) -> set[str]:
 
 
 def rows_of(pipeline: Pipeline, groups: Sequence[Group], state=None) -> list[TrainRow]:
-    """The rows of one update over all groups."""
+    """A row for each rollout of one update over all groups, those of no weight included."""
     chosen = []
     for group in groups:
         for select in pipeline.select:
             group = select(group, state)
             assert isinstance(group, Group), group
-        chosen.append(group)
-    built = build_batch(pipeline, chosen, state, step=0, version=0, num_updates=1)
-    return list(built.batch.updates[0])
+        chosen.append(with_measures(pipeline, group))
+    groups_rows = rows_of_groups(workings(pipeline, chosen, state, num_updates=1))
+    return [row for rows in groups_rows for row in rows]
+
+
+def with_measures(pipeline: Pipeline, group: Group) -> Group:
+    """The group with every stream that the pipeline asks the learner for: chance, but the same for
+    the same rollout. Streams that are there already stay."""
+    return replace(
+        group,
+        rollouts=tuple(
+            replace(rollout, measured=_streams(pipeline, rollout) | dict(rollout.measured))
+            for rollout in group.rollouts
+        ),
+    )
+
+
+def _streams(pipeline: Pipeline, rollout: Rollout) -> dict[str, Float32]:
+    seed = crc32(rollout.log_probs.tobytes())
+    return {
+        measured.name: -np.random.default_rng(seed + place).random(rollout.num_tokens, np.float32)
+        for place, measured in enumerate(pipeline.measures)
+    }
 
 
 def advantages_of(pipeline: Pipeline, groups: Sequence[Group], state=None) -> Float64:

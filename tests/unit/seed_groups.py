@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from grpo.batch import workings
 from grpo.pipeline import PerToken, Pipeline, State
 from grpo.types import FinishReason, Float64, Group, Origin, Prompt, Rollout
 from tests.unit.grpo_groups import scored
@@ -65,11 +66,7 @@ def streams(
 ) -> tuple[Float64, Float64, PerToken]:
     """Advantages, loss weights (means and scales multiplied) and per-token coefficients, in double
     precision, as `build_batch` combines them."""
-    from grpo.batch import _product, _rewarded, _trained
-
-    advantages = pipeline.advantage([_rewarded(pipeline, group, state)], state)[0]
-    means = pipeline.aggregation([_trained(pipeline, group, state)])[0]
-    scales = _product(pipeline.loss_weight, group, state)
-    weights = [mean * scale for mean, scale in zip(means, scales, strict=True)]
+    found = workings(pipeline, [group], state, num_updates=1)
+    advantages, weights = found.advantages[0], found.weights[0]
     terms = [weight * a for weight, a in zip(weights, advantages, strict=True)]
     return advantages, weights, terms

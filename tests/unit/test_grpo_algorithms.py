@@ -62,7 +62,7 @@ def test_every_algorithm_has_what_a_member_of_the_family_needs(name):
     assert any(text.startswith("0.1 * k2: ") for text in texts)
     assert any(text.startswith("-0.01 * entropy: ") for text in texts)
     assert not any(" at 0x" in text or "lambda" in text or "<locals>" in text for text in texts)
-    assert algorithm.paper in sys.modules[algorithm.pipeline.__module__].__doc__
+    assert algorithm.paper in sys.modules[algorithm.config.__module__].__doc__
 
 
 def test_the_documentation_has_one_row_for_each_algorithm_and_no_other():

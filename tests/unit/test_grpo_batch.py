@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from grpo.algorithms import ALGORITHMS, dapo, dr_grpo, grpo
-from grpo.batch import build_batch
+from grpo.batch import build_batch, plain_rows, rows_of_groups, workings
 from grpo.errors import NonFinite
 from grpo.objective import loss_and_metrics
+from grpo.scaled_penalties import scaled_penalty_sums, with_scales
+from tests.unit.family_cases import with_measures
 from tests.unit.grpo_groups import (
     NEW,
     OLD,
@@ -75,34 +77,48 @@ def test_importance_correction_multiplies_each_tokens_loss():
     assert toy_loss(dapo, **settings) == pytest.approx(expected, abs=1e-6)
 
 
+# With which a member trains answers to the plain prompt.
+AS_INDEPENDENT = {"igrpo": {"num_drafts": 0}}
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_loss_does_not_depend_on_how_rows_are_split_over_micro_batches(name):
     algorithm = ALGORITHMS[name]
-    config = algorithm.config(beta=0.1, entropy_coef=0.01, num_generations=4)
-    pipeline = algorithm.pipeline(config, outcomes={"answer": 1.0}, max_completion_length=9)
-    groups = random_groups(0, num_groups=5, num_generations=4)
-    (rows,) = built(pipeline, groups).batch.updates
+    settings = AS_INDEPENDENT[name] if name in AS_INDEPENDENT else {}
+    config = algorithm.config(beta=0.1, entropy_coef=0.01, num_generations=4, **settings)
+    pipeline = algorithm.pipeline(config, outcomes={"answer": 1.0}, max_completion_length=200)
+    groups = random_groups(0, num_groups=5, num_generations=8)
+    (rows,) = built(pipeline, [with_measures(pipeline, group) for group in groups]).batch.updates
     rng = np.random.default_rng(1)
     streams = [-rng.random((4, len(row.tokens))) for row in rows]
+
+    def inputs_of(part):
+        now, old, ref, ent = np.concatenate([streams[i] for i in part], axis=1)
+        return loss_inputs(
+            [rows[i] for i in part],
+            log_probs=torch.tensor(now, requires_grad=True),
+            proximal=old,
+            reference=ref,
+            entropy=torch.tensor(-ent),
+        )
+
+    objective = algorithm.objective(config)
+    sums = [scaled_penalty_sums(objective, inputs_of([i])) for i in range(len(rows))]
+    objective = with_scales(objective, sums)
 
     def gradient(parts):
         total, slopes = 0.0, []
         for part in parts:
-            now, old, ref, ent = np.concatenate([streams[i] for i in part], axis=1)
-            log_probs = torch.tensor(now, requires_grad=True)
-            inputs = loss_inputs(
-                [rows[i] for i in part],
-                log_probs=log_probs,
-                proximal=old,
-                reference=ref,
-                entropy=torch.tensor(-ent),
-            )
-            loss, _ = loss_and_metrics(algorithm.objective(config), inputs)
-            slopes.append(torch.autograd.grad(loss, log_probs)[0].numpy())
+            inputs = inputs_of(part)
+            loss, _ = loss_and_metrics(objective, inputs)
+            slopes.append(torch.autograd.grad(loss, inputs.log_probs)[0].numpy())
             total += loss.item()
         return total, np.concatenate(slopes)
 
     whole, whole_gradient = gradient([range(len(rows))])
+    if pipeline.stage is not None and not any(row.weights.any() for row in rows):
+        assert not whole_gradient.any()  # it learns in its stage alone
+        return
     assert np.abs(whole_gradient).max() > 0
     for cuts in ([3], [1, 2, 11], list(range(1, len(rows)))):
         parts = np.split(np.arange(len(rows)), cuts)
@@ -149,9 +165,9 @@ def test_given_tokens_and_cut_off_answers_are_not_trained_but_count_in_the_stati
     group = scored(rollouts, answer=[1.0, 0.0])
     pipeline = pipeline_of(dapo, soft_overlong_cache=0, std_eps=0.0)
     result = built(pipeline, [group])
-    first, second = result.batch.updates[0]
+    (first,) = result.batch.updates[0]  # a row that nothing weighs costs the learner nothing
+    assert first.index == 0
     assert first.weights.tolist() == [0.0, 0.5, 0.5]
-    assert second.weights.tolist() == [0.0] * 4
     assert first.advantages.tolist() == pytest.approx([0.707107] * 3, abs=1e-6)
     assert result.metrics["frac_rows_trained"] == 0.5
     assert result.metrics["completions/clipped_ratio"] == 0.5
@@ -229,8 +245,60 @@ def test_a_mean_of_nothing_is_absent_instead_of_zero():
     assert metrics["frac_reward_missing"] == 1.0
 
 
-def test_an_empty_completion_takes_part_without_tokens():
+def test_an_empty_completion_takes_part_in_means_and_statistics_and_has_no_row():
     group = scored([rollout(0, 0), rollout(1, 2)], answer=[0.0, 1.0])
-    (rows,) = built(pipeline_of(), [group]).batch.updates
-    assert len(rows[0].weights) == 0
-    assert rows[1].weights.tolist() == [0.25, 0.25]
+    result = built(pipeline_of(std_eps=0.0), [group])
+    ((row,),) = result.batch.updates
+    assert row.weights.tolist() == [0.25, 0.25]
+    assert row.advantages.tolist() == pytest.approx([0.707107] * 2, abs=1e-6)
+    assert len(rows_of_groups(workings(pipeline_of(), [group], None, num_updates=1))[0]) == 2
+
+
+def test_an_update_keeps_a_row_even_if_nothing_weighs_any():
+    """The learner takes a step of zero gradient, as before the row was left out."""
+    cut = [rollout(i, 2, truncated=True) for i in range(3)]
+    groups = [scored(cut, answer=[1.0, 0.0, 0.0]), scored(cut, group=1, answer=[0.0, 0.0, 1.0])]
+    pipeline = pipeline_of(dapo, soft_overlong_cache=0)
+    updates = built(pipeline, groups, num_updates=2).batch.updates
+    assert [[(row.group, row.index) for row in rows] for rows in updates] == [[(0, 0)], [(1, 0)]]
+    assert not any(row.weights.any() for rows in updates for row in rows)
+
+
+def test_epochs_repeat_the_updates_in_order():
+    groups = random_groups(2, num_groups=4, num_generations=4)
+    one = built(pipeline_of(), groups, num_updates=2).batch.updates
+    state = None
+    again = build_batch(
+        pipeline_of(), groups, state, step=3, version=2, num_updates=2, num_epochs=3
+    ).batch.updates
+    assert [[row.group for row in rows] for rows in again] == [
+        [row.group for row in rows] for rows in one
+    ] * 3
+    assert again[0] is again[2] is again[4]  # the very rows: no copies travel
+
+
+def test_workings_multiply_to_what_the_learner_gets():
+    def halved(group, state):
+        return [np.full(item.num_tokens, 0.5) for item in group.rollouts]
+
+    groups = random_groups(3, num_groups=3, num_generations=4)
+    pipeline = replace(pipeline_of(), loss_weight=(halved,))
+    found = workings(pipeline, groups, None, num_updates=3)
+    assert [part.indices(3)[:2] for part in found.parts] == [(0, 1), (1, 2), (2, 3)]
+    rows = [row for rows in built(pipeline, groups, num_updates=3).batch.updates for row in rows]
+    means = [mean for group in found.means for mean in group]
+    advantages = [value for group in found.advantages for value in group]
+    for row, mean, advantage in zip(rows, means, advantages, strict=True):
+        np.testing.assert_array_equal(row.weights, (mean * 0.5).astype(np.float32))
+        np.testing.assert_array_equal(row.advantages, advantage.astype(np.float32))
+    assert sum(mean.sum() for mean in found.means[0]) == pytest.approx(1.0)
+
+
+def test_plain_rows_are_those_that_training_sees_with_weight_one():
+    hinted = replace(rollout(0, 3, guidance=1), train_context=np.arange(5, dtype=np.int32))
+    first, second = plain_rows(scored([hinted, rollout(1, 2)], answer=[1.0, 0.0]))
+    assert len(first.context) == 5
+    assert first.is_cross_context
+    assert not second.is_cross_context
+    assert first.weights.tolist() == [1.0] * 3
+    assert first.advantages.tolist() == [0.0] * 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -100,7 +102,16 @@ def test_every_scorer_judges_every_whole_answer_once():
     group = scored([rollout(0, 7), rollout(1, 2)])
     spans = (Span(rollout=0, start=0, end=7), Span(rollout=1, start=0, end=2))
     assert whole_answer(group, ("a", "b")) == {"a": spans, "b": spans}
-    assert whole_answer(scored([rollout(0, 7)], a=[1.0]), ("a", "b")) == {}
+    half = scored([rollout(0, 7)], a=[1.0])
+    assert whole_answer(half, ("a", "b")) == {"a": (), "b": spans[:1]}
+
+
+def test_answers_that_are_new_or_have_grown_are_the_only_ones_judged_in_a_later_wave():
+    before = scored([rollout(0, 7), rollout(1, 2)], a=[1.0, 0.0])
+    grown = replace(before, rollouts=(rollout(0, 7), rollout(1, 4), rollout(2, 3)))
+    assert whole_answer(grown, ("a",)) == {
+        "a": (Span(rollout=1, start=0, end=4), Span(rollout=2, start=0, end=3))
+    }
 
 
 def test_masks_leave_out_given_tokens_and_answers_that_were_cut_off():

@@ -218,9 +218,12 @@ def test_only_wrong_answers_of_hopeless_groups_are_sent_to_the_judge_after_the_o
     ]
     done = replace(
         hopeless,
-        scores=(*hopeless.scores, Score(scorer="steps", span=second["steps"][0], value=0.0)),
+        scores=(
+            *hopeless.scores,
+            *(Score(scorer="steps", span=span, value=0.0) for span in second["steps"]),
+        ),
     )
-    assert not any(pipeline.spans(done, ("answer", "style", "steps")).values())
+    assert not any(pipeline.spans(done, ("answer", "steps")).values())
     mixed = scored(rollouts, answer=[1.0, 0.0, None])
     assert not any(pipeline.spans(mixed, ("answer", "steps")).values())
     wider = built(scope="every_wrong").spans(mixed, ("answer", "steps"))
