@@ -1,4 +1,4 @@
-"""What stops a run that has stopped making sense: stale groups, a flood of drops.
+"""What stops a run that has stopped making sense: stale groups, a flood of drops or failures.
 
 Pure bookkeeping over finished groups; refuses to know the loops that feed it.
 """
@@ -6,11 +6,12 @@ Pure bookkeeping over finished groups; refuses to know the loops that feed it.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from grpo.errors import Fatal
+from grpo.types import Dropped, Group
 from orchestration.group_task import DroppedGroup, FinishedGroup
 
 
@@ -21,21 +22,70 @@ class DropAlarm:
         self._recent: deque[str | None] = deque(maxlen=history)  # reason; None: not dropped
         self._max_rate = max_rate
 
-    def finished(self) -> None:
-        """A group survived."""
-        self._recent.append(None)
-
-    def dropped(self, group: DroppedGroup) -> None:
-        """Count a dropped group; Fatal if too many of the recent ones were."""
-        self._recent.append(group.dropped.reason)
+    def observe(self, outcome: FinishedGroup | DroppedGroup) -> None:
+        """Count a group that survived or was dropped; Fatal if too many of the recent ones were."""
+        if isinstance(outcome, FinishedGroup):
+            self._recent.append(None)
+            return
+        self._recent.append(outcome.dropped.reason)
         reasons = Counter(reason for reason in self._recent if reason is not None)
         rate = reasons.total() / len(self._recent)
         if len(self._recent) == self._recent.maxlen and rate > self._max_rate:
             reason, count = reasons.most_common(1)[0]
             raise Fatal(
                 f"{reasons.total()} of the last {len(self._recent)} groups were dropped, "
-                f"{count} of them for {reason!r} (last: {group.dropped.detail or 'no detail'}); "
+                f"{count} of them for {reason!r} (last: {outcome.dropped.detail or 'no detail'}); "
                 f"alarms.dropped_rate allows a share of {self._max_rate:g}"
+            )
+
+
+class FailureAlarm:
+    """Ends a run in which a scorer fails more groups than its recipe allows."""
+
+    def __init__(self, *, history: int, max_rates: Mapping[str, float]) -> None:
+        """`max_rates` by scorer, of the last `history` groups that each has judged."""
+        self._max_rates = max_rates
+        # Of each group: what the scorer's first failure was; None: it answered.
+        self._recent: dict[str, deque[str | None]] = {
+            name: deque(maxlen=history) for name in max_rates
+        }
+
+    def observe(self, group: Group) -> None:
+        """Count what became of the group's scores; Fatal if a scorer's bound is passed."""
+        for name, recent in self._recent.items():
+            failures = [score.failure for score in group.scores if score.scorer == name]
+            if failures:
+                recent.append(next((text for text in failures if text is not None), None))
+                self._require_healthy(name, recent)
+
+    def _require_healthy(self, name: str, recent: deque[str | None]) -> None:
+        reasons = Counter(text for text in recent if text is not None)
+        rate, bound = reasons.total() / len(recent), self._max_rates[name]
+        if len(recent) == recent.maxlen and rate > bound:
+            reason, count = reasons.most_common(1)[0]
+            raise Fatal(
+                f"scorer {name!r} failed {reasons.total()} of the last {len(recent)} groups, a "
+                f"share of {rate:.2g}, and its max_failure_rate is {bound:g}; the commonest "
+                f"reason, {count} times: {reason}. Mend the scorer and resume from the last "
+                "checkpoint, or raise max_failure_rate"
+            )
+
+
+class SkipAlarm:
+    """Ends a run whose algorithm skips prompt after prompt: there is nothing left to train on."""
+
+    def __init__(self, *, max_in_a_row: int) -> None:
+        self._max_in_a_row = max_in_a_row
+        self._in_a_row = 0
+
+    def observe(self, skipped: Dropped | None) -> None:
+        """Count a prompt that was skipped, or None for one that was not."""
+        self._in_a_row = 0 if skipped is None else self._in_a_row + 1
+        if skipped is not None and self._in_a_row >= self._max_in_a_row:
+            raise Fatal(
+                f"{self._in_a_row} prompts in a row were skipped, the last one for "
+                f"{skipped.reason!r}: the algorithm finds nothing left to learn from in this data; "
+                "end the run here, add harder prompts, or turn the skipping off"
             )
 
 

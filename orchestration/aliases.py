@@ -38,10 +38,12 @@ TARGETS: Mapping[str, str] = {
     "kl_loss_coef": "algorithm.beta",
     "staleness_threshold": "max_staleness",
     "ppo_max_token_len_per_gpu": "learner.max_tokens_per_microbatch",
+    "ppo_epochs": "epochs_per_step",
     "data.train_files": "data.train",
     "data.val_files": "data.evaluation",
     # TRL, whose settings are flat
     "max_steps": "steps",
+    "num_iterations": "epochs_per_step",
     "model_name_or_path": "model",
     "output_dir": "output",
     "report_to": "trackers",

@@ -49,7 +49,8 @@ class DriverState:
     pending: tuple[int, ...] = ()  # admitted and not trained on yet: to be sampled again
     prompts: Mapping[str, JsonValue] = field(default_factory=dict)  # the cursor over the data
     algorithm: JsonValue = None  # `encoded_state` of the pipeline's state
-    counters: Mapping[str, int] = field(default_factory=dict)  # dropped groups by reason, ...
+    counters: Mapping[str, int] = field(default_factory=dict)  # dropped groups by reason
+    skipped: Mapping[str, int] = field(default_factory=dict)  # skipped prompts by reason
     wall_s: Mapping[str, float] = field(default_factory=dict)  # by phase, over the whole run
     tokens: Mapping[str, int] = field(default_factory=dict)  # generated, trained, ...
 
@@ -84,9 +85,18 @@ def decoded_state(initial: State, value: JsonValue) -> State:
 
 
 async def save_checkpoint(
-    run: Path, step: int, learner: Checkpointed, state: DriverState, *, keep: int
+    run: Path,
+    step: int,
+    learner: Checkpointed,
+    state: DriverState,
+    *,
+    keep: int,
+    others: Mapping[str, Checkpointed] | None = None,
 ) -> CheckpointReport:
-    """Write `step_N`, mark it as the latest and keep only the `keep` newest of this run."""
+    """Write `step_N`, mark it as the latest and keep only the `keep` newest of this run.
+
+    `others` have a folder in it each, by its name.
+    """
     assert keep >= 1
     assert state.step == step
     started = time.monotonic()
@@ -100,6 +110,9 @@ async def save_checkpoint(
             f"the learner saved step {step}, but {draft} is empty where the driver runs: `output` "
             "must name a folder that all nodes share"
         )
+    for name, other in (others or {}).items():
+        (draft / name).mkdir(parents=True)
+        await other.save(draft / name)
     final = root / f"{_PREFIX}{step}"
     sizes = await asyncio.to_thread(_seal, draft, state)
     await asyncio.to_thread(_put_in_place, draft, final)
@@ -115,8 +128,10 @@ async def save_checkpoint(
     )
 
 
-async def load_checkpoint(folder: Path, learner: Checkpointed) -> DriverState:
-    """Verify every checksum, bring the learner to this point and return the driver's part."""
+async def load_checkpoint(
+    folder: Path, learner: Checkpointed, others: Mapping[str, Checkpointed] | None = None
+) -> DriverState:
+    """Verify every checksum, bring all to this point and return the driver's part."""
     damage = await asyncio.to_thread(find_damage, folder, checksums=True)
     if damage is not None:
         raise UserError(
@@ -125,6 +140,8 @@ async def load_checkpoint(folder: Path, learner: Checkpointed) -> DriverState:
         )
     state = read_driver_state(folder)
     await learner.load(folder)
+    for name, other in (others or {}).items():
+        await other.load(folder / name)
     return state
 
 

@@ -2,8 +2,8 @@
 
 admit  consumes prompts; waits for a free slot in the buffer; unblocked by a released or dropped
        group. Starts one task per group, which ends in the buffer or is dropped.
-train  consumes P finished groups; waits for `buffer.take`; unblocked by finishing groups. Builds
-       the batch, lets the learner step, brings the weights to the engines, releases P slots.
+train  consumes P finished groups; waits for `buffer.take`; unblocked by finishing groups. Lets the
+       learner take a step (training_step.py), brings the weights to the engines, releases P slots.
 stop   waits for a request to stop; wakes the other two, so that a checkpoint can be written.
 
 Synchronous training is the staleness bound 0: then P slots exist, and no group is born before the
@@ -20,12 +20,10 @@ from typing import Protocol
 
 import numpy as np
 
-from grpo.batch import BuiltBatch, build_batch
-from grpo.engines import PolicyLearner
+from grpo.batch import BuiltBatch
 from grpo.errors import DeadlineExceeded, Stalled, WeightMismatch
-from grpo.pipeline import State
 from grpo.types import Prompt, SampleRequest, StepReport
-from orchestration.alarms import DropAlarm, refuse_stale, staleness
+from orchestration.alarms import DropAlarm, FailureAlarm, SkipAlarm, refuse_stale, staleness
 from orchestration.buffer import Closed, GroupBuffer
 from orchestration.group_task import (
     DroppedGroup,
@@ -34,42 +32,16 @@ from orchestration.group_task import (
     rollout_seed,
     run_group,
 )
+from orchestration.progress import Progress, Schedule
+from orchestration.replay import Replay
+from orchestration.training_step import StepLearner, TrainingStep
 from orchestration.waits import Waits
 from orchestration.weight_sync import log_prob_gap, sync_weights
 
 PROBE_GROUP = -1  # group id of the rollouts that only check the weight sync
 PROBE_ROLLOUTS = 4  # about a hundred tokens: a mean over fewer is noisy in bfloat16
-DROP_HISTORY_STEPS = 8  # the alarm looks at the groups of about this many steps
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """How much of what, and when to give up."""
-
-    steps: int
-    groups_per_step: int  # P
-    updates_per_step: int
-    max_staleness: int  # S
-    window: int  # W
-    checkpoint_every: int  # 0: only at the end
-    evaluate_every: int  # 0: not during training
-    max_log_prob_gap: float
-    max_dropped_rate: float
-    take_deadline_s: float
-    train_deadline_s: float
-    sync_deadline_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Progress:
-    """Where a run stands between two steps: all that a checkpoint needs of the driver."""
-
-    step: int = 0
-    version: int = 0
-    next_group: int = 0
-    pending: tuple[int, ...] = ()  # admitted before, not trained on: to be sampled again
-    algorithm_state: State = None
-    num_tokens: int = 0  # of all completions so far, those of dropped groups included
+DROP_HISTORY_STEPS = 8  # the alarms look at the groups of about this many steps
+MAX_SKIPPED_IN_A_ROW = 100_000  # as many prompts as a large data set has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -79,6 +51,7 @@ class TrainedStep:
     step: int
     version: int  # the weights it was trained from
     groups: Sequence[FinishedGroup]
+    replayed: frozenset[int] = frozenset()  # ids of the groups that earlier steps trained on, too
     built: BuiltBatch
     metrics: Mapping[str, float]
 
@@ -99,13 +72,14 @@ class Driver:
         *,
         schedule: Schedule,
         common: GroupRecipe,
-        learner: PolicyLearner,
+        learner: StepLearner,
         prompt_at: Callable[[int], Prompt],
         journal: Journal,
         waits: Waits,
         progress: Progress,
         evaluate: Callable[[int], Awaitable[None]],
         checkpoint: Callable[[Progress], Awaitable[None]],
+        scorer_metrics: Callable[[], Awaitable[Mapping[str, float]]],
     ) -> None:
         """`prompt_at` is a pure function of the group id, so a resumed run sees the same data."""
         self.progress = progress
@@ -121,10 +95,21 @@ class Driver:
         self._waits = waits
         self._evaluate = evaluate
         self._checkpoint = checkpoint
+        self._scorer_metrics = scorer_metrics
+        self._training = TrainingStep(
+            schedule=schedule, common=common, learner=learner, waits=waits
+        )
+        self._replay = Replay(
+            count=schedule.replayed_per_step, steps=schedule.replay_steps, seed=common.run_seed
+        )
         self._stop = asyncio.Event()
-        self._drops = DropAlarm(
-            history=DROP_HISTORY_STEPS * schedule.groups_per_step,
-            max_rate=schedule.max_dropped_rate,
+        history = DROP_HISTORY_STEPS * schedule.groups_per_step
+        bounds = {name: role.max_failure_rate for name, role in common.scorers.items()}
+        self._drops = DropAlarm(history=history, max_rate=schedule.max_dropped_rate)
+        self._skips = SkipAlarm(max_in_a_row=MAX_SKIPPED_IN_A_ROW)
+        self._failures = FailureAlarm(
+            history=history,
+            max_rates={name: bound for name, bound in bounds.items() if bound is not None},
         )
         self._buffer: GroupBuffer[FinishedGroup] = GroupBuffer(
             slots=(schedule.max_staleness + 1) * schedule.groups_per_step,
@@ -166,15 +151,21 @@ class Driver:
     async def _run_group(self, group_id: int) -> None:
         prompt = self._prompt_at(group_id)
         outcome = await run_group(self._common, group_id, prompt, self.progress.algorithm_state)
+        if isinstance(outcome, DroppedGroup):
+            self._journal.dropped(outcome)
+            if outcome.dropped.is_planned:  # no alarm, and no progress: nothing was sampled
+                self._skips.observe(outcome.dropped)
+                await self._buffer.drop(group_id)
+                return
         self._last_progress = time.monotonic()
         self._num_sampled += sum(r.num_tokens for r in outcome.group.rollouts)
+        self._skips.observe(None)
+        self._failures.observe(outcome.group)
+        self._drops.observe(outcome)
         if isinstance(outcome, FinishedGroup):
-            self._drops.finished()
             await self._buffer.finish(group_id, outcome)
-            return
-        self._journal.dropped(outcome)
-        self._drops.dropped(outcome)
-        await self._buffer.drop(group_id)
+        else:
+            await self._buffer.drop(group_id)
 
     async def _train(self) -> bool:
         schedule = self._schedule
@@ -214,64 +205,55 @@ class Driver:
                 groups = ", ".join(map(str, self._buffer.in_progress)) or "none"
                 raise Stalled(f"{error}\n  groups in progress: {groups}") from error
 
-    async def _step(self, step: int, groups: list[FinishedGroup], started: float) -> None:
+    async def _step(self, step: int, fresh: list[FinishedGroup], started: float) -> None:
         """Steps 8 to 12 in the life of a group."""
         timings = {"wait_for_groups": time.monotonic() - started}
-        built, report = await self._learn(step, groups, timings)
-        state = self._common.pipeline.adapt(self.progress.algorithm_state, built.rewarded, report)
-        version = self.progress.version + 1
-        sync = await self._waits.within(
-            self._schedule.sync_deadline_s,
-            f"weight sync of version {version}",
-            sync_weights(self._learner, self._common.engine, version),
-        )
-        timings |= {f"sync/{phase}": seconds for phase, seconds in sync.timings_s.items()}
-        timings |= {f"learner/{phase}": seconds for phase, seconds in report.timings_s.items()}
-        gap = await self._checked_gap(step, version, report)
-        trained_from = self.progress.version
-        num_tokens = sum(r.num_tokens for done in groups for r in done.group.rollouts)
-        await self._buffer.release(len(groups))
+        before = self.progress
+        refuse_stale(fresh, before.version, self._schedule.max_staleness)
+        mixed = self._replay.mixed(step, fresh)
+        learnt = await self._training.take(step, mixed, before)
+        timings |= learnt.timings_s
+        version = before.version + 1
+        timings |= await self._synced(version)
+        timings |= {f"learner/{phase}": s for phase, s in learnt.report.timings_s.items()}
+        gap = await self._checked_gap(step, version, learnt.report)
+        await self._buffer.release(len(fresh))
         self.progress = Progress(
             step=step,
             version=version,
             next_group=self._buffer.next_group,
             pending=tuple(self._buffer.unfinished),
-            algorithm_state=state,
+            algorithm_state=learnt.state,
             num_tokens=self._num_sampled,
+            stage_rows=learnt.stage_rows,
         )
+        metrics = {**learnt.built.metrics, **learnt.report.metrics, **learnt.metrics}
+        metrics |= staleness(fresh, before.version) | self._replay.metrics(mixed)
+        metrics |= await self._scorer_metrics()
         timings["step"] = time.monotonic() - started
-        metrics = {**built.metrics, **report.metrics, **staleness(groups, trained_from)}
         metrics |= {f"timing_s/{phase}": seconds for phase, seconds in timings.items()}
+        num_tokens = sum(r.num_tokens for done in fresh for r in done.group.rollouts)
         metrics["perf/throughput"] = num_tokens / timings["step"]
         metrics["log_prob_gap"] = gap
         self._journal.trained(
             TrainedStep(
-                step=step, version=trained_from, groups=groups, built=built, metrics=metrics
+                step=step,
+                version=before.version,
+                groups=learnt.groups,
+                replayed=mixed.replayed,
+                built=learnt.built,
+                metrics=metrics,
             )
         )
 
-    async def _learn(
-        self, step: int, groups: list[FinishedGroup], timings: dict[str, float]
-    ) -> tuple[BuiltBatch, StepReport]:
-        started = time.monotonic()
-        refuse_stale(groups, self.progress.version, self._schedule.max_staleness)
-        built = build_batch(
-            self._common.pipeline,
-            [done.group for done in groups],
-            self.progress.algorithm_state,
-            step=step,
-            version=self.progress.version,
-            num_updates=self._schedule.updates_per_step,
+    async def _synced(self, version: int) -> dict[str, float]:
+        """Bring the learner's weights to the engines; seconds by phase."""
+        sync = await self._waits.within(
+            self._schedule.sync_deadline_s,
+            f"weight sync of version {version}",
+            sync_weights(self._learner, self._common.engine, version),
         )
-        timings["build_batch"] = time.monotonic() - started
-        started = time.monotonic()
-        report = await self._waits.within(
-            self._schedule.train_deadline_s,
-            f"learner: step {step}",
-            self._learner.train(built.batch),
-        )
-        timings["train"] = time.monotonic() - started
-        return built, report
+        return {f"sync/{phase}": seconds for phase, seconds in sync.timings_s.items()}
 
     async def _checked_gap(self, step: int, version: int, report: StepReport) -> float:
         """Mean difference between the engine's and the learner's log-probabilities.

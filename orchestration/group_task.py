@@ -12,10 +12,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from grpo.engines import RolloutEngine, Scorer
+from grpo.engines import LearningScorer, RolloutEngine, Scorer
 from grpo.errors import BadInput, Fatal
 from grpo.pipeline import Pipeline, State
-from grpo.types import Dropped, Group, Prompt, RolloutPlan, SampleRequest, Sampling
+from grpo.types import Dropped, Group, Prompt, RolloutPlan, Sampling
+from orchestration.rollout_plans import PlanTokenizer, grown, placed, without_sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +47,12 @@ class DroppedGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorerRole:
-    """A scorer and what a failure of it means for the group."""
+    """A scorer, what its failures mean, and what it learns with."""
 
     scorer: Scorer
-    stop_on_failure: bool
+    stop_on_failure: bool  # else a failure drops the group
+    max_failure_rate: float | None = None  # share of groups it may fail; None: no bound of its own
+    learning: LearningScorer | None = None  # where each step's groups change what it says next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,7 @@ class GroupRecipe:
     sampling: Sampling
     run_seed: int
     engine: RolloutEngine
+    tokenizer: PlanTokenizer
     scorers: Mapping[str, ScorerRole]
 
 
@@ -72,15 +76,26 @@ def rollout_seed(run_seed: int, group: int, wave: int, index: int) -> int:
 async def run_group(
     common: GroupRecipe, group_id: int, prompt: Prompt, state: State
 ) -> FinishedGroup | DroppedGroup:
-    """Bring one group to the point where it can be trained on, or say why it cannot."""
+    """Bring one group to the point where it can be trained on, or say why it cannot.
+
+    Waves of rollouts until the plan asks for none; the scores come after each wave or after all.
+    """
     admitted = generated = time.time()
+    pipeline = common.pipeline
     group = Group(id=group_id, prompt=prompt)
-    outcome: Group | Dropped
+    outcome: Group | Dropped | None = _skipped(pipeline, group, state)
     try:
-        group = await _sampled(common, group, state)
-        generated = time.time()
-        group = await _scored(common, group)
-        outcome = _failed_score(common, group) or _selected(common.pipeline, group, state)
+        wave = 0
+        while outcome is None and (plans := pipeline.plan(group, state)):
+            group = await _sampled(common, group, wave, plans)
+            generated = time.time()
+            if pipeline.scores_between_waves:
+                group = await _scored(common, group)
+                outcome = _failed_score(common, group)
+            wave += 1
+        if outcome is None:
+            group = await _scored(common, group)
+            outcome = _failed_score(common, group) or _selected(pipeline, group, state)
     except BadInput as error:
         outcome = Dropped(
             group=group_id, prompt=prompt.id, reason=type(error).__name__, detail=str(error)
@@ -91,35 +106,42 @@ async def run_group(
     return FinishedGroup(group=outcome, times=times)
 
 
-async def _sampled(common: GroupRecipe, group: Group, state: State) -> Group:
-    wave = 0
-    while plans := common.pipeline.plan(group, state):
-        requests = _requests(common, group, wave, plans)
-        rollouts = await common.engine.sample(requests)
-        group = replace(group, rollouts=(*group.rollouts, *rollouts))
-        wave += 1
-    return group
+def _skipped(pipeline: Pipeline, group: Group, state: State) -> Dropped | None:
+    """The first reason to sample nothing for this prompt."""
+    for skip in pipeline.skip:
+        reason = skip(group.prompt, state)
+        if reason is not None:
+            return Dropped(group=group.id, prompt=group.prompt.id, reason=reason, is_planned=True)
+    return None
 
 
-def _requests(
+async def _sampled(
     common: GroupRecipe, group: Group, wave: int, plans: Sequence[RolloutPlan]
-) -> list[SampleRequest]:
-    first = len(group.rollouts)
-    return [
-        SampleRequest(
-            group=group.id,
-            index=first + offset,
-            context=group.prompt.tokens,
-            guidance=plan.guidance,
-            sampling=common.sampling,
-            seed=rollout_seed(common.run_seed, group.id, wave, first + offset),
+) -> Group:
+    """The group with one more wave of rollouts."""
+    items = placed(group, plans, common.tokenizer)
+    requests = [
+        item.request(
+            group.id,
+            common.sampling,
+            rollout_seed(common.run_seed, group.id, wave, item.index),
         )
-        for offset, plan in enumerate(plans)
+        for item in items
+        if item.is_sampled
     ]
+    sampled = iter(await common.engine.sample(requests) if requests else ())
+    rollouts = [
+        next(sampled) if item.is_sampled else without_sampling(item, common.tokenizer)
+        for item in items
+    ]
+    return grown(group, items, rollouts)
 
 
 async def _scored(common: GroupRecipe, group: Group) -> Group:
-    """Wave by wave, every scorer of a wave at once; a failed score ends the waves."""
+    """Wave by wave, every scorer of a wave at once; a failed score ends the waves.
+
+    The spans function asks only for what nobody has scored yet.
+    """
     names = tuple(common.scorers)
     while any((wanted := common.pipeline.spans(group, names)).values()):
         scores = await asyncio.gather(

@@ -18,11 +18,13 @@ import ray
 import ray.exceptions
 from ray.actor import ActorHandle
 
-from grpo.engines import RolloutEngine, Scorer
+from grpo.engines import RolloutEngine
 from grpo.errors import CoveyError, Fatal, Transient, UserError, WorkerLost
 from grpo.types import (
+    Float32,
     Group,
     LoadReport,
+    MeasureRequest,
     Rollout,
     SampleRequest,
     Score,
@@ -36,6 +38,7 @@ from grpo.types import (
 from learner.rank import LearnerRank
 from orchestration.config import Recipe
 from orchestration.placement import shortage, total
+from orchestration.scorer_pool import ScorerWorker
 from reward_services.config import ScorerConfig
 from reward_services.service import ScorerService
 from rollout_workers.worker import RolloutWorker
@@ -159,6 +162,20 @@ class RayScorer:
         result: list[Score] = await _answer(self.actor.score.remote(group, list(spans)))
         return result
 
+    async def statistics(self) -> Mapping[str, float]:
+        result: Mapping[str, float] = await _answer(self.actor.statistics_so_far.remote())
+        return result
+
+    async def learn(self, groups: Sequence[Group]) -> Mapping[str, float]:
+        result: Mapping[str, float] = await _answer(self.actor.learn.remote(list(groups)))
+        return result
+
+    async def save(self, folder: Path) -> None:
+        await _answer(self.actor.save.remote(folder))
+
+    async def load(self, folder: Path) -> None:
+        await _answer(self.actor.load.remote(folder))
+
 
 class RayScorerSpawner:
     """Makes the actors of one scorer."""
@@ -166,15 +183,17 @@ class RayScorerSpawner:
     def __init__(self, config: ScorerConfig) -> None:
         self._config = config
         self._actor_class = ray.remote(ScorerService).options(
-            num_cpus=config.cpus_per_actor, max_concurrency=MAX_CONCURRENT_CALLS
+            num_cpus=config.cpus_per_actor,
+            num_gpus=config.gpus_per_actor,
+            max_concurrency=MAX_CONCURRENT_CALLS,
         )
 
-    async def spawn(self, place: int) -> Scorer:
+    async def spawn(self, place: int) -> ScorerWorker:
         actor = self._actor_class.remote(self._config)
         await _answer(actor.start.remote())
         return RayScorer(actor)
 
-    async def discard(self, worker: Scorer) -> None:
+    async def discard(self, worker: ScorerWorker) -> None:
         assert isinstance(worker, RayScorer)
         ray.kill(worker.actor)
 
@@ -202,6 +221,11 @@ class LearnerActor:
 
     def train(self, batch: TrainBatch) -> StepReport:
         return self.rank.train(batch)
+
+    @ray.method(num_returns=2)  # type: ignore[untyped-decorator]  # Ray does not annotate it
+    def measure(self, request: MeasureRequest) -> tuple[None, Mapping[str, list[list[Float32]]]]:
+        """(done, the streams): two results, as all ranks have the same and one fetch is enough."""
+        return None, self.rank.measure(request)
 
     def log_probs(self, rows: Sequence[TrainRow]) -> list[list[float]]:
         return self.rank.log_probs(rows)
@@ -251,6 +275,14 @@ class RayLearner:
         reports = await self._all([rank.train.remote(reference) for rank in self._ranks])
         report: StepReport = reports[0]
         return report
+
+    async def measure(self, request: MeasureRequest) -> Mapping[str, list[list[Float32]]]:
+        reference = ray.put(request)
+        parts = [rank.measure.remote(reference) for rank in self._ranks]
+        await self._all([done for done, _ in parts])
+        (streams,) = await self._all([parts[0][1]])
+        result: Mapping[str, list[list[Float32]]] = streams
+        return result
 
     async def log_probs(self, rows: Sequence[TrainRow]) -> list[list[float]]:
         reference = ray.put(list(rows))

@@ -33,6 +33,7 @@ class RunJournal:
         step: int,
     ) -> None:
         self.dropped_by_reason: Counter[str] = Counter()
+        self.skipped_by_reason: Counter[str] = Counter()  # on purpose, before anything was sampled
         self._run = run
         self._telemetry = telemetry
         self._display = display
@@ -41,6 +42,7 @@ class RunJournal:
         self._total_steps = total_steps
         self._step = step
         self._dropped_in_step: Counter[str] = Counter()
+        self._skipped_in_step: Counter[str] = Counter()
 
     def trained(self, step: TrainedStep) -> None:
         """A step is done and its weights are with the engines."""
@@ -54,22 +56,32 @@ class RunJournal:
                 terms=self._terms,
                 times=times[rewarded.group.id],
                 trained=now,
+                is_replayed=rewarded.group.id in step.replayed,
             )
             self._run.append_group(step.step, record)
         metrics = {**step.metrics, **idle_shares(step.metrics, self._clock.lap())}
-        dropped = self._dropped_in_step
-        metrics |= {f"dropped/{reason}": float(count) for reason, count in dropped.items()}
-        metrics["dropped"] = float(dropped.total())
-        self._dropped_in_step = Counter()
+        metrics |= _counts("dropped", self._dropped_in_step)
+        metrics["dropped"] = float(self._dropped_in_step.total())
+        metrics |= _counts("skipped", self._skipped_in_step)
+        self._dropped_in_step, self._skipped_in_step = Counter(), Counter()
         self._step = step.step
         self._telemetry.log(step.step, metrics)
         self._display.step(metrics, step.step, self._total_steps)
 
     def dropped(self, group: DroppedGroup) -> None:
-        """A group fell out while the next step was being filled."""
-        self.dropped_by_reason[group.dropped.reason] += 1
-        self._dropped_in_step[group.dropped.reason] += 1
+        """A group fell out while the next step was being filled, or was never begun."""
+        reason = group.dropped.reason
+        if group.dropped.is_planned:
+            self.skipped_by_reason[reason] += 1
+            self._skipped_in_step[reason] += 1
+        else:
+            self.dropped_by_reason[reason] += 1
+            self._dropped_in_step[reason] += 1
         self._run.append_group(self._step + 1, dropped_record(group))
+
+
+def _counts(name: str, reasons: Counter[str]) -> dict[str, float]:
+    return {f"{name}/{reason}": float(count) for reason, count in reasons.items()}
 
 
 def _name(reward: Reward) -> str:

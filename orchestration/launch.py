@@ -10,9 +10,11 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack, suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from grpo.engines import Checkpointed
 from grpo.errors import CoveyError, Fatal, UserError
 from orchestration.checkpoint import (
     DriverState,
@@ -23,13 +25,15 @@ from orchestration.checkpoint import (
 )
 from orchestration.config import Recipe
 from orchestration.display import Display
-from orchestration.driver import Driver, Progress, Schedule
+from orchestration.driver import Driver
 from orchestration.evaluation import EvalReport, evaluate
 from orchestration.group_task import GroupRecipe
 from orchestration.journal import RunJournal
+from orchestration.progress import Progress, Schedule
 from orchestration.roles import Roles, local_recipe, started_roles
 from orchestration.run_directory import RunDirectory, RunStatus, RunSummary, write_json
 from orchestration.run_inputs import RunInputs, read_inputs
+from orchestration.stage import WaitingRows
 from orchestration.stops import StopSignals
 from orchestration.telemetry import ClockedEngine, PhaseClock, Telemetry
 from orchestration.versions import software_versions
@@ -92,6 +96,7 @@ class _Run:
             if self._inputs.state is not None:
                 self._clock.totals.update(self._inputs.state.wall_s)
                 self._journal.dropped_by_reason.update(self._inputs.state.counters)
+                self._journal.skipped_by_reason.update(self._inputs.state.skipped)
                 with suppress(OSError):
                     self._before = json.loads((self._run.path / BEFORE_FILE).read_text("utf-8"))
             return await self._summarised()
@@ -177,7 +182,10 @@ class _Run:
     async def _continue_from_checkpoint(self, roles: Roles) -> None:
         assert self._inputs.resume is not None
         self._display.phase(f"loading checkpoint of step {self._progress.step}")
-        await load_checkpoint(self._inputs.resume.checkpoint, roles.learner)
+        rows = WaitingRows()
+        others = _others(roles, rows)
+        await load_checkpoint(self._inputs.resume.checkpoint, roles.learner, others)
+        self._progress = replace(self._progress, stage_rows=rows.rows)
         await sync_weights(roles.learner, roles.engine, self._progress.version)
 
     async def _evaluate_before(self, roles: Roles) -> EvalReport | None:
@@ -231,6 +239,7 @@ class _Run:
                 sampling=recipe.sampling.drawn(),
                 run_seed=recipe.seed,
                 engine=ClockedEngine(roles.engine, self._clock),
+                tokenizer=self._inputs.tokenization,
                 scorers=roles.scorers,
             ),
             learner=roles.learner,
@@ -240,6 +249,7 @@ class _Run:
             progress=self._progress,
             evaluate=evaluate_during,
             checkpoint=checkpoint,
+            scorer_metrics=roles.scorer_metrics,
         )
         self._stops.polite = driver.request_stop
         self._display.phase("training")
@@ -279,10 +289,12 @@ class _Run:
                     prompts={"num_prompts": len(self._inputs.prompts)},
                     algorithm=encoded_state(progress.algorithm_state),
                     counters=dict(self._journal.dropped_by_reason),
+                    skipped=dict(self._journal.skipped_by_reason),
                     wall_s=dict(self._clock.totals),
                     tokens={"generated": progress.num_tokens},
                 ),
                 keep=self._recipe.checkpoint.keep,
+                others=_others(roles, WaitingRows(progress.stage_rows)),
             )
         self._saved_step = progress.step
 
@@ -299,6 +311,7 @@ class _Run:
             wall_s=dict(self._clock.totals),
             tokens={"generated": self._progress.num_tokens},
             dropped=dict(self._journal.dropped_by_reason),
+            skipped=dict(self._journal.skipped_by_reason),
             replaced=self._replaced,
             versions=self._versions,
         )
@@ -307,8 +320,11 @@ class _Run:
 def _schedule(recipe: Recipe) -> Schedule:
     return Schedule(
         steps=recipe.steps,
-        groups_per_step=recipe.num_prompts_per_step,
+        groups_per_step=recipe.sampled_per_step,
+        replayed_per_step=recipe.replayed_per_step,
+        replay_steps=recipe.replay.steps,
         updates_per_step=recipe.updates_per_step,
+        epochs_per_step=recipe.epochs_per_step,
         max_staleness=recipe.max_staleness,
         window=recipe.window,
         checkpoint_every=recipe.checkpoint.every,
@@ -319,6 +335,12 @@ def _schedule(recipe: Recipe) -> Schedule:
         train_deadline_s=recipe.alarms.stall_s,
         sync_deadline_s=recipe.alarms.stall_s,
     )
+
+
+def _others(roles: Roles, rows: WaitingRows) -> dict[str, Checkpointed]:
+    """What a checkpoint holds beside the learner, by its folder there."""
+    learning = {name: role.learning for name, role in roles.scorers.items() if role.learning}
+    return {"stage": rows, **{f"scorers/{name}": scorer for name, scorer in learning.items()}}
 
 
 def _root(error: BaseException) -> BaseException:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
-from grpo.engines import RolloutEngine, Scorer
+from grpo.engines import RolloutEngine
 from grpo.types import (
+    Float32,
+    Group,
     LoadReport,
+    MeasureRequest,
     Rollout,
     SampleRequest,
+    Score,
+    Span,
     StepReport,
     TrainBatch,
     TrainRow,
@@ -19,6 +24,7 @@ from grpo.types import (
     WeightRef,
 )
 from learner.rank import LearnerRank
+from orchestration.scorer_pool import ScorerWorker
 from reward_services.config import ScorerConfig
 from reward_services.service import ScorerService
 from rollout_workers.worker import RolloutWorker
@@ -57,20 +63,42 @@ class LocalRolloutSpawner:
         await worker.worker.close()
 
 
+class LocalScorer:
+    """A scorer service in this process."""
+
+    def __init__(self, service: ScorerService) -> None:
+        self.service = service
+
+    async def score(self, group: Group, spans: Sequence[Span]) -> list[Score]:
+        return await self.service.score(group, spans)
+
+    async def statistics(self) -> Mapping[str, float]:
+        return self.service.statistics_so_far()
+
+    async def learn(self, groups: Sequence[Group]) -> Mapping[str, float]:
+        return await self.service.learn(groups)
+
+    async def save(self, folder: Path) -> None:
+        await self.service.save(folder)
+
+    async def load(self, folder: Path) -> None:
+        await self.service.load(folder)
+
+
 class LocalScorerSpawner:
     """Makes scorer services in this process."""
 
     def __init__(self, config: ScorerConfig) -> None:
         self._config = config
 
-    async def spawn(self, place: int) -> Scorer:
+    async def spawn(self, place: int) -> ScorerWorker:
         service = ScorerService(self._config)
         await service.start()
-        return service
+        return LocalScorer(service)
 
-    async def discard(self, worker: Scorer) -> None:
-        assert isinstance(worker, ScorerService)
-        await worker.close()
+    async def discard(self, worker: ScorerWorker) -> None:
+        assert isinstance(worker, LocalScorer)
+        await worker.service.close()
 
 
 class LocalLearner:
@@ -92,6 +120,9 @@ class LocalLearner:
 
     async def train(self, batch: TrainBatch) -> StepReport:
         return await self._call(lambda: self._rank.train(batch))
+
+    async def measure(self, request: MeasureRequest) -> Mapping[str, list[list[Float32]]]:
+        return await self._call(lambda: self._rank.measure(request))
 
     async def log_probs(self, rows: Sequence[TrainRow]) -> list[list[float]]:
         return await self._call(lambda: self._rank.log_probs(rows))

@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from grpo.engines import RolloutEngine, Scorer
+from grpo.engines import RolloutEngine
 from grpo.errors import Fatal, Transient
-from grpo.types import Group, LoadReport, Rollout, SampleRequest, Score, Span, WeightRef
+from grpo.types import LoadReport, Rollout, SampleRequest, WeightRef
 from orchestration.waits import Waits
 
 W = TypeVar("W")
@@ -77,6 +77,11 @@ class ActorPool(Generic[W]):
         """End every worker."""
         await asyncio.gather(*[self._spawner.discard(place.worker) for place in self._places])
         self._places = []
+
+    @property
+    def workers(self) -> list[W]:
+        """Those that are not being replaced."""
+        return [place.worker for place in self._places if place.healthy]
 
     async def run(self, what: str, call: Callable[[W], Awaitable[T]]) -> T:
         """The call's result from some worker; Transient failures are retried within the budget."""
@@ -184,22 +189,3 @@ class RolloutPool:
     async def _load_current(self, worker: RolloutEngine) -> None:
         if self._ref is not None:
             await worker.load_weights(self._ref)
-
-
-class ScorerPool:
-    """A Scorer over several; when the budget is used up the scores say so and are no numbers."""
-
-    def __init__(self, name: str, pool: ActorPool[Scorer]) -> None:
-        self._name = name
-        self.pool = pool
-
-    async def score(self, group: Group, spans: Sequence[Span]) -> list[Score]:
-        """Scores of all spans from one worker."""
-        try:
-            what = f"scoring group {group.id}"
-            return await self.pool.run(what, lambda worker: worker.score(group, spans))
-        except Exhausted as error:
-            return [
-                Score(scorer=self._name, span=span, value=None, failure=str(error))
-                for span in spans
-            ]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from grpo.errors import UserError
 from grpo.types import Prompt
 
 
@@ -37,3 +38,39 @@ class PromptOrder:
             return range(len(self._prompts))
         generator = np.random.default_rng([self._seed, epoch])
         return [int(place) for place in generator.permutation(len(self._prompts))]
+
+
+def easy_to_hard(
+    prompts: Sequence[Prompt], *, column: str, values: Sequence[str]
+) -> tuple[Prompt, ...]:
+    """Prompts by this column: by its place in `values`, or, without these, in rising order.
+
+    Equal ones stay as in the file. Curriculum of G2RPO-A (arXiv:2508.13023 section 4.3).
+    """
+    ranks = [_rank(prompt, column, values) for prompt in prompts]
+    if len({isinstance(rank, str) for rank in ranks}) > 1:
+        raise UserError(
+            f"data.curriculum: column {column!r} holds numbers and text; expected one kind, or "
+            "name its values from easy to hard under data.curriculum.values"
+        )
+    order = sorted(range(len(prompts)), key=ranks.__getitem__)  # of one kind
+    return tuple(prompts[place] for place in order)
+
+
+def _rank(prompt: Prompt, column: str, values: Sequence[str]) -> float | str:
+    if column not in prompt.columns:
+        found = ", ".join(prompt.columns)
+        raise UserError(
+            f"{prompt.id}: no column {column!r}, which data.curriculum names; found: {found}"
+        )
+    value = prompt.columns[column]
+    if values:
+        if str(value) not in values:
+            raise UserError(
+                f"{prompt.id}: {column!r} is {value!r}, which is none of data.curriculum.values "
+                f"({', '.join(values)}): add it where it belongs"
+            )
+        return float(values.index(str(value)))
+    if isinstance(value, str | int | float):
+        return value
+    raise UserError(f"{prompt.id}: {column!r} is {value!r}; expected a number or text to order by")

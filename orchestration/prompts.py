@@ -17,6 +17,7 @@ from grpo.errors import UserError
 from grpo.types import Int32, Prompt
 from orchestration.config import DataConfig
 from orchestration.data_files import Row, rows_of
+from orchestration.stored_prompts import is_stored_group, stored_prompt
 
 MAX_PROBLEMS_SHOWN = 10
 
@@ -82,6 +83,8 @@ def load_prompts(
 def _prompt(row: Row, data: DataConfig, tokenizer: PromptTokenizer) -> Prompt:
     """ValueError says which field is wrong."""
     columns = row.columns
+    if is_stored_group(columns):
+        return stored_prompt(columns, name=row.name, encode=tokenizer.encode_prompt)
     raw = _prompt_value(columns, data.prompt_column)
     solution = _text(_optional(columns, data.solution_column, "solution_column"), "solution")
     domain = _text(_optional(columns, data.domain_column, "domain_column"), "domain")

@@ -11,9 +11,11 @@ from typing import Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_serializer, model_validator
 
-from grpo.algorithms import ALGORITHMS, Algorithm
+from grpo import combinations
+from grpo.algorithms import Algorithm
+from grpo.algorithms.user_file import composition_problems, found_algorithm, is_file_name
 from grpo.config import AlgorithmConfig, Schema
-from grpo.surrogates import log_likelihood
+from grpo.errors import UserError
 from grpo.types import Sampling
 from learner.config import LearnerConfig
 from reward_services.config import ScorerConfig
@@ -42,6 +44,15 @@ class SamplingConfig(Schema):
         )
 
 
+class CurriculumConfig(Schema):
+    """Training prompts from easy to hard, in the same order every epoch."""
+
+    column: str = Field(description="column of the data that says how hard a row is")
+    values: tuple[str, ...] = Field(
+        (), description="its values, the easiest first; none: numbers, or text, in rising order"
+    )
+
+
 class DataConfig(Schema):
     """Where prompts come from and which column holds what."""
 
@@ -54,9 +65,21 @@ class DataConfig(Schema):
     solution_column: str = Field("solution", description="a worked solution; may be absent")
     domain_column: str | None = Field(None, description="groups metrics by kind of prompt")
     shuffle: bool = Field(True, description="a new order every epoch; false: as in the file")
+    curriculum: CurriculumConfig | None = Field(
+        None, description="an order from easy to hard; needs shuffle: false"
+    )
     on_long_prompt: Literal["error", "drop"] = Field(
         "error", description="a prompt above sampling.max_prompt_length"
     )
+
+    @model_validator(mode="after")
+    def _order_is_one(self) -> Self:
+        if self.curriculum is not None and self.shuffle:
+            raise ValueError(
+                f"curriculum orders the prompts by {self.curriculum.column!r}, but shuffle is "
+                "true: set shuffle: false"
+            )
+        return self
 
 
 class EvaluationConfig(Schema):
@@ -72,6 +95,19 @@ class CheckpointConfig(Schema):
 
     every: int = Field(50, ge=0, description="steps; 0: at the end and on Ctrl-C only")
     keep: int = Field(2, ge=1, description="checkpoints that stay on disk")
+
+
+class ReplayConfig(Schema):
+    """Groups that are trained on once more, beside those that are sampled for a step."""
+
+    share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="of a step's groups, drawn from those that earlier steps sampled; they may be "
+        "older than max_staleness, so set importance_cap or a gate for off-policy tokens",
+    )
+    steps: int = Field(4, ge=1, description="how many steps back; a resumed run fills up anew")
 
 
 class AlarmConfig(Schema):
@@ -100,7 +136,7 @@ class AlgorithmChoice(Schema):
 
     @property
     def algorithm(self) -> Algorithm:
-        return ALGORITHMS[self.name]
+        return found_algorithm(self.name)
 
     @model_validator(mode="before")
     @classmethod
@@ -108,10 +144,12 @@ class AlgorithmChoice(Schema):
         if not isinstance(value, dict) or "settings" in value or "name" not in value:
             return value
         name = value["name"]
-        if name not in ALGORITHMS:
-            raise ValueError(f"unknown algorithm {name!r}; expected one of {', '.join(ALGORITHMS)}")
+        try:
+            algorithm = found_algorithm(name)
+        except UserError as error:
+            raise ValueError(str(error)) from error
         rest = {k: v for k, v in value.items() if k != "name"}
-        return {"name": name, "settings": ALGORITHMS[name].config(**rest)}
+        return {"name": name, "settings": algorithm.config(**rest)}
 
     @model_serializer
     def _flat(self) -> dict[str, object]:
@@ -131,6 +169,10 @@ class Recipe(Schema):
     updates_per_step: int = Field(
         1, ge=1, description="optimiser updates that a step's groups are cut into"
     )
+    epochs_per_step: int = Field(
+        1, ge=1, description="how often a step goes through its updates, with the same rollouts"
+    )
+    replay: ReplayConfig = ReplayConfig()
     max_staleness: int = Field(
         0, ge=0, description="S, steps that a rollout may be behind the learner; 0: synchronous"
     )
@@ -160,9 +202,19 @@ class Recipe(Schema):
         return self.num_prompts_per_step * self.num_generations
 
     @property
+    def replayed_per_step(self) -> int:
+        """Groups of a step that earlier ones sampled: share * P, rounded."""
+        return round(self.replay.share * self.num_prompts_per_step)
+
+    @property
+    def sampled_per_step(self) -> int:
+        """Groups of a step that are sampled for it; P without replay."""
+        return self.num_prompts_per_step - self.replayed_per_step
+
+    @property
     def slots(self) -> int:
         """(S + 1) * P groups may be under way."""
-        return (self.max_staleness + 1) * self.num_prompts_per_step
+        return (self.max_staleness + 1) * self.sampled_per_step
 
     @property
     def max_model_len(self) -> int:
@@ -185,16 +237,21 @@ class Recipe(Schema):
 def combination_problems(recipe: Recipe) -> Iterator[str]:
     """What is wrong with values that are each right alone; with the remedy."""
     prompts, updates = recipe.num_prompts_per_step, recipe.updates_per_step
+    replayed = recipe.replayed_per_step
+    if recipe.replay.share > 0 and not 1 <= replayed < prompts:
+        yield (
+            f"replay.share is {recipe.replay.share:g} of {prompts} groups, which is {replayed} "
+            f"of them: expected 1 to {prompts - 1}; change the share or num_prompts_per_step"
+        )
+    elif replayed and updates > recipe.sampled_per_step:
+        yield (
+            f"updates_per_step is {updates}, but the first step has no more than its "
+            f"{recipe.sampled_per_step} sampled groups: lower updates_per_step or replay.share"
+        )
     if prompts % updates:
         yield (
             f"num_prompts_per_step is {prompts} and updates_per_step is {updates}: a step is cut "
             "by whole groups; choose a divisor of num_prompts_per_step"
-        )
-    objective = recipe.algorithm.algorithm.objective(recipe.algorithm.settings)
-    if updates > 1 and objective.surrogate is log_likelihood:
-        yield (
-            f"updates_per_step is {updates}, but the loss of {recipe.algorithm.name} has no ratio "
-            "that would notice how far the policy has moved: set updates_per_step: 1"
         )
     if recipe.sampling.temperature == 0:
         yield (
@@ -219,16 +276,38 @@ def combination_problems(recipe: Recipe) -> Iterator[str]:
     names = [scorer.name for scorer in recipe.scorers]
     for name in sorted({n for n in names if names.count(n) > 1}):
         yield f"scorers: the name {name!r} is used twice; names must differ, as metrics use them"
+    for scorer in recipe.scorers:
+        if scorer.learns and scorer.learns_from not in {*names} - {scorer.name}:
+            yield (
+                f"scorers: {scorer.name!r} learns from {scorer.learns_from!r}; expected another "
+                f"scorer of the recipe as its outcome: {', '.join({*names} - {scorer.name})}"
+            )
     yield from _precision_problems(recipe)
     yield from _size_problems(recipe)
+    yield from _algorithm_problems(recipe)
+
+
+def _algorithm_problems(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with the algorithm's points together, and a user's own ones each alone."""
+    choice = recipe.algorithm
     try:
-        recipe.algorithm.algorithm.pipeline(
-            recipe.algorithm.settings,
+        pipeline = choice.algorithm.pipeline(
+            choice.settings,
             outcomes=recipe.weights,
             max_completion_length=recipe.sampling.max_completion_length,
         )
+        objective = choice.algorithm.objective(choice.settings)
     except ValueError as error:
         yield str(error)
+        return
+    problems = list(composition_problems(pipeline, objective)) if is_file_name(choice.name) else []
+    yield from problems or combinations.combination_problems(
+        pipeline,
+        objective,
+        updates_per_step=recipe.updates_per_step,
+        epochs_per_step=recipe.epochs_per_step,
+        is_replayed=recipe.replay.share > 0,
+    )
 
 
 def _precision_problems(recipe: Recipe) -> Iterator[str]:

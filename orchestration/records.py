@@ -30,6 +30,7 @@ def trained_record(
     terms: Sequence[str],
     times: GroupTimes,
     trained: float,
+    is_replayed: bool = False,
 ) -> dict[str, Json]:
     """A group that was trained on. `terms` names the columns of the rewards.
 
@@ -49,6 +50,7 @@ def trained_record(
         rollouts.append(record)
     return {
         "group": group.id,
+        **({"replayed": True} if is_replayed else {}),
         "prompt": _prompt_record(group.prompt),
         "times": {**_times_record(times), "trained": round(trained, 3)},
         "rollouts": rollouts,
@@ -80,6 +82,7 @@ def _prompt_record(prompt: Prompt) -> dict[str, Json]:
         "reference": prompt.reference,
         "domain": prompt.domain,
         "num_tokens": len(prompt.tokens),
+        "tokens": prompt.tokens.tolist(),
     }
 
 
@@ -106,7 +109,23 @@ def _rollout_record(group: Group, place: int) -> dict[str, Json]:
     record.update(_score_records(group.scores, place, rollout.num_tokens))
     if not np.array_equal(rollout.context, group.prompt.tokens):
         record["context"] = rollout.context.tolist()
+    record.update(_special_records(rollout))
     return record
+
+
+def _special_records(rollout: Rollout) -> dict[str, Json]:
+    """What only some algorithms' rollouts have, under the names of `covey schema group`."""
+    records: dict[str, Json] = {}
+    is_guidance = rollout.origins == Origin.GUIDANCE
+    if is_guidance[int(is_guidance.sum()) :].any():  # elsewhere than at the beginning
+        records["origins"] = ["guidance" if given else "policy" for given in is_guidance]
+    if rollout.train_context is not None:
+        records["train_context"] = rollout.train_context.tolist()
+    if rollout.lineage:
+        records["lineage"] = [{"id": piece.id, "end": piece.end} for piece in rollout.lineage]
+    if rollout.measured:
+        records["measured"] = {n: _one_or_all(v) for n, v in rollout.measured.items()}
+    return records
 
 
 def _version_range(rollout: Rollout) -> list[Json] | None:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from grpo.engines import PolicyLearner, RolloutEngine, Scorer
+from grpo.engines import RolloutEngine
 from learner.environment import thread_environment
 from orchestration.config import Recipe
 from orchestration.group_task import ScorerRole
-from orchestration.pool import ActorPool, RolloutPool, ScorerPool, Spawner
+from orchestration.pool import ActorPool, RolloutPool, Spawner
+from orchestration.scorer_pool import ScorerPool, ScorerWorker, scorer_metrics
+from orchestration.training_step import StepLearner
 from orchestration.waits import Waits
 from rollout_workers.environment import engine_environment
 from rollout_workers.worker import RolloutWorker
@@ -25,8 +27,8 @@ START_DEADLINE_S = 900.0  # loading a large model from a slow disk
 WORKER_RETRIES = 3
 
 
-class Learner(PolicyLearner, Protocol):
-    """A PolicyLearner that can also be checkpointed and ended."""
+class Learner(StepLearner, Protocol):
+    """A learner that can also be checkpointed and ended."""
 
     async def save(self, folder: Path) -> None: ...
 
@@ -43,6 +45,15 @@ class Roles:
     scorers: Mapping[str, ScorerRole]
     learner: Learner
     scorer_pools: Mapping[str, ScorerPool]
+    batch_sizes: Mapping[str, int]  # of the scorers
+
+    async def scorer_metrics(self) -> dict[str, float]:
+        """How every scorer fares, as metrics of the run so far."""
+        metrics: dict[str, float] = {}
+        for name, pool in self.scorer_pools.items():
+            counters = await pool.statistics()
+            metrics |= scorer_metrics(name, counters, batch_size=self.batch_sizes[name])
+        return metrics
 
     @property
     def num_replaced(self) -> dict[str, int]:
@@ -104,12 +115,16 @@ async def started_roles(
             engine=engine,
             scorers={
                 config.name: ScorerRole(
-                    scorer=scorers[config.name], stop_on_failure=config.on_failure == "stop"
+                    scorer=scorers[config.name],
+                    stop_on_failure=config.on_failure == "stop",
+                    max_failure_rate=config.max_failure_rate,
+                    learning=scorers[config.name] if config.learns else None,
                 )
                 for config in recipe.scorers
             },
             learner=make.learner,
             scorer_pools=scorers,
+            batch_sizes={config.name: config.batch_size for config in recipe.scorers},
         )
     finally:
         await engine.pool.close()
@@ -123,7 +138,7 @@ class _Parts:
     """How one kind of place makes the roles."""
 
     rollout_spawner: Spawner[RolloutEngine]
-    scorer_spawners: Mapping[str, Spawner[Scorer]]
+    scorer_spawners: Mapping[str, Spawner[ScorerWorker]]
     learner: Learner
     start_learner: Callable[[], Any]
     close: Callable[[], Any]

@@ -59,6 +59,7 @@ class RunSummary:
     wall_s: Mapping[str, float] = field(default_factory=dict)  # by phase
     tokens: Mapping[str, int] = field(default_factory=dict)  # generated, trained, ...
     dropped: Mapping[str, int] = field(default_factory=dict)  # groups by reason
+    skipped: Mapping[str, int] = field(default_factory=dict)  # prompts by reason, on purpose
     replaced: Mapping[str, int] = field(default_factory=dict)  # lost workers by role
     versions: Mapping[str, str] = field(default_factory=dict)
 

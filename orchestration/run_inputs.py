@@ -11,8 +11,8 @@ from grpo.pipeline import Pipeline
 from grpo.types import Prompt
 from orchestration.checkpoint import DriverState, decoded_state, find_damage, read_driver_state
 from orchestration.config import Recipe
-from orchestration.driver import Progress
-from orchestration.prompt_order import PromptOrder
+from orchestration.progress import Progress
+from orchestration.prompt_order import PromptOrder, easy_to_hard
 from orchestration.prompts import load_prompts
 from orchestration.resume import ResumePoint, require_same_recipe, resolve_resume
 from orchestration.run_directory import CONFIG_FILE
@@ -28,6 +28,7 @@ class RunInputs:
 
     recipe: Recipe
     pipeline: Pipeline
+    tokenization: Tokenization
     prompts: PromptOrder
     held_out: Sequence[Prompt]
     resume: ResumePoint | None
@@ -76,6 +77,9 @@ def read_inputs(recipe: Recipe, resume: str | None) -> RunInputs:
     train_set = load_prompts(
         data.train, data, tokenization, max_prompt_length=longest, split=data.split
     )
+    prompts = train_set.prompts
+    if (order := data.curriculum) is not None:
+        prompts = easy_to_hard(prompts, column=order.column, values=order.values)
     held_out: tuple[Prompt, ...] = ()
     if data.evaluation is not None:
         split = data.evaluation_split
@@ -85,7 +89,8 @@ def read_inputs(recipe: Recipe, resume: str | None) -> RunInputs:
     return RunInputs(
         recipe=recipe,
         pipeline=pipeline,
-        prompts=PromptOrder(train_set.prompts, seed=recipe.seed, shuffle=data.shuffle),
+        tokenization=tokenization,
+        prompts=PromptOrder(prompts, seed=recipe.seed, shuffle=data.shuffle),
         held_out=held_out,
         resume=point,
         state=state,

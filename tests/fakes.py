@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,11 @@ import numpy as np
 
 from grpo.types import (
     FinishReason,
+    Float32,
     Group,
+    Int32,
     LoadReport,
+    MeasureRequest,
     Origin,
     Prompt,
     Rollout,
@@ -38,9 +42,29 @@ def a_prompt(number: int) -> Prompt:
     )
 
 
+class FakeTokenizer:
+    """One token for each character, its code; token 2 ends a completion, 1 begins a prompt."""
+
+    stop_ids = (2,)
+
+    def encode_prompt(self, prompt: str) -> Int32:
+        return np.array([1, *map(ord, prompt)], np.int32)
+
+    def encode_text(self, text: str) -> Int32:
+        return np.array([*map(ord, text)], np.int32)
+
+    def decode(self, tokens: Int32) -> tuple[str, Int32]:
+        text = "".join(chr(token) for token in tokens)
+        return text, np.arange(1, len(tokens) + 1, dtype=np.int32)
+
+
 @dataclass
 class FakeEngine:
-    """Answers at once, or when `gate` opens; tokens follow from the seed alone."""
+    """Answers at once, or when `gate` opens; four tokens that follow from the seed alone.
+
+    As the real ones do, it begins with the guidance, keeps to the budget, and samples nothing
+    after guidance that ends with the stop token.
+    """
 
     version: int = 0
     gate: asyncio.Event | None = None
@@ -57,17 +81,24 @@ class FakeEngine:
         return [self._rollout(request) for request in requests]
 
     def _rollout(self, request: SampleRequest) -> Rollout:
-        tokens = np.random.default_rng(request.seed).integers(3, 60, size=4).astype(np.int32)
+        given = len(request.guidance)
+        is_whole = given > 0 and request.guidance[-1] == 2
+        room = 0 if is_whole else request.sampling.max_tokens - given
+        assert is_whole or room > 0, "given tokens leave no room"
+        sampled = np.random.default_rng(request.seed).integers(3, 60, size=4)[:room]
+        tokens = np.concatenate([request.guidance, sampled]).astype(np.int32)
+        text, token_ends = FakeTokenizer().decode(tokens)
+        is_given = np.arange(len(tokens)) < given
         return Rollout(
             index=request.index,
             context=request.context,
             tokens=tokens,
-            log_probs=np.full(4, -1.0, np.float32),
-            origins=np.full(4, Origin.POLICY, np.uint8),
-            versions=np.full(4, self.version, np.int32),
-            text=" ".join(map(str, tokens)),
-            token_ends=np.arange(1, 5, dtype=np.int32),
-            finish_reason=FinishReason.STOP,
+            log_probs=np.where(is_given, 0.0, -1.0).astype(np.float32),
+            origins=np.where(is_given, Origin.GUIDANCE, Origin.POLICY).astype(np.uint8),
+            versions=np.where(is_given, -1, self.version).astype(np.int32),
+            text=text,
+            token_ends=token_ends,
+            finish_reason=FinishReason.STOP if is_whole or room > 3 else FinishReason.LENGTH,
         )
 
     async def load_weights(self, ref: WeightRef) -> LoadReport:
@@ -78,10 +109,25 @@ class FakeEngine:
 
 @dataclass
 class FakeScorer:
-    """1 where the first token is even; a failure for the groups that are named."""
+    """1 where the first token is even; a failure for the groups that are named.
+
+    One that learns remembers the groups it has seen.
+    """
 
     name: str = "answer"
     failing: frozenset[int] = frozenset()
+    learns: bool = False
+    learnt: list[int] = field(default_factory=list)  # group ids
+
+    async def learn(self, groups: Sequence[Group]) -> dict[str, float]:
+        self.learnt += [group.id for group in groups]
+        return {"num_learnt": float(len(self.learnt))}
+
+    async def save(self, folder: Path) -> None:
+        (folder / "learnt.json").write_text(json.dumps(self.learnt))
+
+    async def load(self, folder: Path) -> None:
+        self.learnt = json.loads((folder / "learnt.json").read_text())
 
     async def score(self, group: Group, spans: Sequence[Span]) -> list[Score]:
         await asyncio.sleep(0)
@@ -104,10 +150,12 @@ class FakeLearner:
 
     version: int = 0
     batches: list[TrainBatch] = field(default_factory=list)
-    damage_checksum: bool = False
+    measured: list[MeasureRequest] = field(default_factory=list)
 
     async def train(self, batch: TrainBatch) -> StepReport:
-        assert batch.version == self.version, "the batch names other weights than the learner's"
+        # A stage follows a step whose weights have no number yet.
+        expected = self.version + batch.is_stage
+        assert batch.version == expected, "the batch names other weights than the learner's"
         self.batches.append(batch)
         rows = [row for update in batch.updates for row in update]
         fresh = sum(int((row.versions == batch.version).sum()) for row in rows)
@@ -116,6 +164,25 @@ class FakeLearner:
         if fresh:  # a mean of nothing is absent
             metrics |= {"log_prob_gap/max": 0.0, "log_prob_gap/mean": 0.0}
         return StepReport(metrics=metrics, timings_s={})
+
+    async def measure(self, request: MeasureRequest) -> dict[str, list[list[Float32]]]:
+        """Every token of a row measures the row's place in its group, plus its label if it has one.
+
+        The answer depends on the learner's version, so that old answers can be told from new.
+        """
+        self.measured.append(request)
+        return {
+            name: [
+                [
+                    np.full(
+                        len(row.tokens), self.version + row.index + np.nan_to_num(label)
+                    ).astype(np.float32)
+                    for row, label in zip(rows, labels, strict=True)
+                ]
+                for rows, labels in zip(request.groups, request.labels, strict=True)
+            ]
+            for name in request.names
+        }
 
     async def log_probs(self, rows: Sequence[TrainRow]) -> list[list[float]]:
         return [[-1.0] * len(row.tokens) for row in rows]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from grpo.pipeline import Pipeline
 from orchestration.config import Recipe
-from orchestration.driver import Driver, Journal, Progress, Schedule
+from orchestration.driver import Driver, Journal
 from orchestration.group_task import GroupRecipe
+from orchestration.progress import Progress, Schedule
 from orchestration.prompt_order import PromptOrder
 from orchestration.prompts import load_prompts
 from orchestration.roles import Roles
@@ -21,6 +25,7 @@ async def nothing(_: object) -> None:
 def common_parts(recipe: Recipe, roles: Roles) -> tuple[GroupRecipe, PromptOrder]:
     """What all groups share, and the training prompts in their order."""
     choice, sampling = recipe.algorithm, recipe.sampling
+    tokenization = Tokenization(recipe.model)
     common = GroupRecipe(
         pipeline=choice.algorithm.pipeline(
             choice.settings,
@@ -30,26 +35,34 @@ def common_parts(recipe: Recipe, roles: Roles) -> tuple[GroupRecipe, PromptOrder
         sampling=sampling.drawn(),
         run_seed=recipe.seed,
         engine=roles.engine,
+        tokenizer=tokenization,
         scorers=roles.scorers,
     )
     prompts = load_prompts(
         recipe.data.train,
         recipe.data,
-        Tokenization(recipe.model),
+        tokenization,
         max_prompt_length=sampling.max_prompt_length,
         split="train",
     )
     return common, PromptOrder(prompts.prompts, seed=recipe.seed, shuffle=True)
 
 
-def real_driver(recipe: Recipe, roles: Roles, journal: Journal) -> Driver:
-    """A driver at the beginning of the recipe."""
+def real_driver(
+    recipe: Recipe, roles: Roles, journal: Journal, *, pipeline: Pipeline | None = None
+) -> Driver:
+    """A driver at the beginning of the recipe; `pipeline` instead of its algorithm's own."""
     common, prompts = common_parts(recipe, roles)
+    if pipeline is not None:
+        common = replace(common, pipeline=pipeline)
     return Driver(
         schedule=Schedule(
             steps=recipe.steps,
-            groups_per_step=recipe.num_prompts_per_step,
+            groups_per_step=recipe.sampled_per_step,
+            replayed_per_step=recipe.replayed_per_step,
+            replay_steps=recipe.replay.steps,
             updates_per_step=recipe.updates_per_step,
+            epochs_per_step=recipe.epochs_per_step,
             max_staleness=recipe.max_staleness,
             window=recipe.window,
             checkpoint_every=0,
@@ -68,4 +81,5 @@ def real_driver(recipe: Recipe, roles: Roles, journal: Journal) -> Driver:
         progress=Progress(algorithm_state=common.pipeline.initial_state),
         evaluate=nothing,
         checkpoint=nothing,
+        scorer_metrics=roles.scorer_metrics,
     )

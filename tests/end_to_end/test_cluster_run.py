@@ -67,6 +67,28 @@ def test_two_zero_3_ranks_and_an_untied_model_agree_with_the_engine(tmp_path: Pa
     assert max(step["log_prob_gap/max"] for step in steps) < 1e-4
 
 
+def test_measures_epochs_and_replay_on_two_ranks(tmp_path: Path) -> None:
+    run = train(
+        tmp_path,
+        steps=3,
+        algorithm={"name": "rloo", "num_generations": 4, "kl_in_reward": 0.1},
+        epochs_per_step=2,
+        replay={"share": 0.25, "steps": 2},
+        data__evaluation=None,
+        learner__ranks=2,
+    )
+    output = finished(run)
+    assert run.returncode == 0, output
+    left = only_run(tmp_path / "runs")
+    assert [step["replay/share"] for step in left.steps] == [0.0, 0.25, 0.25]
+    assert {step["rewards/kl_to_reference/mean"] != 0 for step in left.steps[1:]} == {True}
+    assert all("scorers/answer/hit_rate" in step for step in left.steps)
+    trained = [group for group in left.groups if "dropped" not in group]
+    for rollout in (r for group in trained for r in group["rollouts"]):
+        assert "reference" in rollout["measured"]
+    assert sum("replayed" in group for group in trained) == 4
+
+
 def test_a_killed_rollout_worker_is_replaced_and_no_group_is_lost(tmp_path: Path) -> None:
     run = train(tmp_path, steps=8, max_staleness=1, data__evaluation=None)
     lines_until(run, "step 2/8")

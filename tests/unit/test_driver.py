@@ -3,104 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from grpo.algorithms import ALGORITHMS
 from grpo.errors import DeadlineExceeded, Fatal, PromptTooLong, Stalled, WeightMismatch
-from grpo.pipeline import Pipeline
-from grpo.types import LoadReport, Sampling, WeightRef
-from orchestration.driver import Driver, Progress, Schedule
-from orchestration.group_task import GroupRecipe, ScorerRole, rollout_seed
-from orchestration.waits import Waits
-from tests.fakes import FakeEngine, FakeJournal, FakeLearner, FakeScorer, a_prompt
-
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=8)
-
-
-def a_schedule(**changes: object) -> Schedule:
-    schedule = Schedule(
-        steps=4,
-        groups_per_step=3,
-        updates_per_step=1,
-        max_staleness=0,
-        window=1,
-        checkpoint_every=0,
-        evaluate_every=0,
-        max_log_prob_gap=1e-3,
-        max_dropped_rate=0.9,
-        take_deadline_s=5.0,
-        train_deadline_s=5.0,
-        sync_deadline_s=5.0,
-    )
-    return replace(schedule, **changes)  # type: ignore[arg-type]  # test shorthand
-
-
-def a_pipeline(name: str = "grpo") -> Pipeline:
-    algorithm = ALGORITHMS[name]
-    config = algorithm.config(num_generations=4)
-    return algorithm.pipeline(config, outcomes={"answer": 1.0}, max_completion_length=8)
-
-
-class Setting:
-    """One driver with fakes around it."""
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        *,
-        algorithm: str = "grpo",
-        progress: Progress | None = None,
-        scorer: FakeScorer | None = None,
-        stop_on_failure: bool = False,
-        engine: FakeEngine | None = None,
-    ) -> None:
-        progress = progress or Progress()
-        self.engine = engine or FakeEngine(version=progress.version)
-        self.learner = FakeLearner(version=progress.version)
-        self.journal = FakeJournal()
-        self.checkpoints: list[Progress] = []
-        self.after_checkpoint: Callable[[Progress], None] = lambda progress: None
-        self.driver = Driver(
-            schedule=schedule,
-            common=GroupRecipe(
-                pipeline=a_pipeline(algorithm),
-                sampling=SAMPLING,
-                run_seed=7,
-                engine=self.engine,
-                scorers={
-                    "answer": ScorerRole(
-                        scorer=scorer or FakeScorer(), stop_on_failure=stop_on_failure
-                    )
-                },
-            ),
-            learner=self.learner,
-            prompt_at=a_prompt,
-            journal=self.journal,
-            waits=Waits(),
-            progress=progress,
-            evaluate=self._evaluate,
-            checkpoint=self._checkpoint,
-        )
-
-    def run(self) -> bool:
-        return asyncio.run(self.driver.run())
-
-    async def _evaluate(self, step: int) -> None:
-        self.evaluated = step
-
-    async def _checkpoint(self, progress: Progress) -> None:
-        self.checkpoints.append(progress)
-        self.after_checkpoint(progress)
-
-
-def root(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+from grpo.types import LoadReport, WeightRef
+from orchestration.group_task import rollout_seed
+from orchestration.progress import Progress
+from tests.fakes import FakeEngine, FakeScorer
+from tests.unit.driver_setting import Setting, a_schedule, root
 
 
 def test_synchronous_run_trains_every_group_once_in_order_and_always_fresh() -> None:

@@ -12,12 +12,15 @@ from grpo.types import (
     Dropped,
     FinishReason,
     Group,
+    Piece,
     Prompt,
     Rollout,
     Score,
     Span,
     TrainRow,
 )
+from orchestration.group_file import from_record, groups_of
+from orchestration.group_schema import BatchInput, GroupInput
 from orchestration.group_task import DroppedGroup, GroupTimes
 from orchestration.records import dropped_record, rounded, trained_record
 
@@ -77,6 +80,15 @@ def record(rows: list[TrainRow], components: list[list[float]]) -> dict[str, obj
     )
 
 
+def recorded(rollout: Rollout, *, is_replayed: bool = False) -> dict[str, object]:
+    """The record of a group of this rollout alone."""
+    group = replace(GROUP, rollouts=(rollout,), scores=())
+    rewarded = RewardedGroup(group=group, components=np.zeros((1, 1)))
+    return trained_record(
+        rewarded, [], terms=["answer"], times=TIMES, trained=13.0, is_replayed=is_replayed
+    )
+
+
 def test_a_trained_group_is_recorded_with_rewards_advantages_and_weights() -> None:
     rows = [row(ROLLOUTS[0], [0.7, 0.7, 0.7]), row(ROLLOUTS[1], [0.0, -0.5])]
     first, second = record(rows, [[1.0, -0.25], [np.nan, -0.5]])["rollouts"]
@@ -119,6 +131,47 @@ def test_the_context_is_recorded_only_where_it_is_not_the_prompt() -> None:
     found = trained_record(rewarded, [], terms=["answer"], times=TIMES, trained=13.0)
     assert found["rollouts"][0]["context"] == [7, 8, 3]
     assert "context" not in found["rollouts"][1]
+
+
+def test_how_a_rollout_of_several_waves_came_to_be_is_recorded_and_of_no_other() -> None:
+    plain = recorded(ROLLOUTS[1])["rollouts"][0]
+    assert {"origins", "lineage", "train_context", "measured"}.isdisjoint(plain)
+    special = replace(
+        ROLLOUTS[0],
+        origins=np.array([0, 1, 0], np.uint8),
+        lineage=(Piece(id=4, end=1), Piece(id=9, end=3)),
+        train_context=np.array([7], np.int32),
+        measured={
+            "reference": np.array([-0.5, -1 / 3, 0], np.float32),
+            "flat": np.ones(3, np.float32),
+        },
+    )
+    found = recorded(special)["rollouts"][0]
+    assert found["origins"] == ["policy", "guidance", "policy"]
+    assert found["lineage"] == [{"id": 4, "end": 1}, {"id": 9, "end": 3}]
+    assert found["train_context"] == [7]
+    assert found["measured"] == {"reference": [-0.5, -0.3333333, 0.0], "flat": 1.0}
+
+
+def test_a_record_of_a_run_is_a_group_that_explain_reads() -> None:
+    special = replace(
+        ROLLOUTS[0],
+        origins=np.array([0, 1, 0], np.uint8),
+        lineage=(Piece(id=4, end=1), Piece(id=9, end=3)),
+        measured={"reference": np.array([-0.5, -1.5, 0], np.float32)},
+    )
+    group = GroupInput.model_validate(from_record(recorded(special)))
+    (again,) = groups_of(BatchInput(groups=(group,)))
+    (rollout,) = again.rollouts
+    assert again.prompt.tokens.tolist() == CONTEXT.tolist()
+    assert rollout.origins.tolist() == [0, 1, 0]
+    assert rollout.lineage == special.lineage
+    assert rollout.measured["reference"].tolist() == [-0.5, -1.5, 0.0]
+
+
+def test_a_group_that_is_trained_on_again_says_so() -> None:
+    assert recorded(ROLLOUTS[0], is_replayed=True)["replayed"] is True
+    assert "replayed" not in recorded(ROLLOUTS[0])
 
 
 def test_a_dropped_group_keeps_its_reason_and_what_came_to_be() -> None:

@@ -1,0 +1,75 @@
+"""What the journal makes of groups that fell out: dropped and skipped ones are counted apart."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from grpo.types import Prompt
+from orchestration.display import Display
+from orchestration.journal import RunJournal
+from orchestration.run_directory import RunDirectory
+from orchestration.telemetry import PhaseClock, Telemetry
+from tests.fakes import FakeScorer
+from tests.unit.driver_setting import Setting, a_pipeline, a_schedule
+
+
+def skip_odd(prompt: Prompt, state: object) -> str | None:
+    return "odd" if int(prompt.text) % 2 else None
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> RunJournal:
+    """Of a run of two steps of three groups; odd prompts are skipped, group 2 cannot be scored."""
+    now = datetime(2026, 1, 2, 3, 4, 5)
+    run = RunDirectory.create(tmp_path, "demo", now=now, config={}, versions={})
+    pipeline = replace(a_pipeline(), skip=(skip_odd,))
+    setting = Setting(
+        a_schedule(steps=2, replayed_per_step=1, replay_steps=1),
+        pipeline=pipeline,
+        scorer=FakeScorer(failing=frozenset({2})),
+    )
+    with Display.open() as display:
+        written = RunJournal(
+            run=run,
+            telemetry=Telemetry(run, []),
+            display=display,
+            clock=PhaseClock(),
+            pipeline=pipeline,
+            total_steps=2,
+            step=0,
+        )
+        setting.driver._journal = written
+        assert asyncio.run(setting.driver.run())
+    run.close()
+    return written
+
+
+def lines(path: Path, name: str) -> list[dict[str, object]]:
+    (file,) = path.rglob(name)
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_skipped_prompts_are_counted_apart_from_dropped_groups(
+    journal: RunJournal, tmp_path: Path
+) -> None:
+    assert journal.dropped_by_reason == {"failed_score": 1}
+    assert set(journal.skipped_by_reason) == {"odd"}
+    metrics = lines(tmp_path, "metrics.jsonl")
+    assert sum(step["dropped"] for step in metrics) == 1
+    assert sum(step.get("skipped/odd", 0) for step in metrics) >= 6
+    assert all("dropped/odd" not in step for step in metrics)
+    assert metrics[0]["scorers/answer/hit_rate"] == 0.25
+
+
+def test_a_group_that_is_trained_on_again_has_a_record_of_its_own(
+    journal: RunJournal, tmp_path: Path
+) -> None:
+    records = [r for r in lines(tmp_path, "groups.jsonl") if "dropped" not in r]
+    assert [(r["step"], "replayed" in r) for r in records].count((2, True)) == 1
+    assert sorted(r["group"] for r in records if "replayed" not in r) == [0, 4, 6, 8, 10, 12]
