@@ -17,6 +17,7 @@ from typing import cast
 
 import numpy as np
 
+from grpo.algorithms.user_file import is_file_name
 from grpo.errors import CoveyError, UserError
 from grpo.types import FinishReason, Group, Int32, Origin, Prompt, Rollout, Score, Span
 from orchestration.check_model import model_facts, vocabulary_fits
@@ -26,6 +27,7 @@ from orchestration.prompts import PromptSet, PromptTokenizer, load_prompts
 from orchestration.roles import local_recipe
 from orchestration.versions import software_versions
 from reward_services.config import ScorerConfig
+from reward_services.model_config import ImplicitRewardConfig
 from reward_services.preference.config import PreferenceConfig
 from reward_services.rules import built_rule
 from reward_services.service import ScorerService
@@ -62,10 +64,12 @@ def checked(recipe: Recipe, *, local: bool = False) -> Iterator[Finding]:
     sets: list[PromptSet] = []
     for setting in ("train", "evaluation"):
         yield from _data(recipe, setting, tokenizers, sets)
-    yield from _tried("algorithm", lambda: _algorithm(recipe))
+    yield from _tried("algorithm", lambda: _algorithm(recipe, sets))
     for scorer in recipe.scorers:
         if scorer.preference is not None:
             check = partial(_preference, scorer, scorer.preference, recipe.model)
+        elif scorer.implicit_reward is not None:
+            check = partial(_implicit_reward, scorer, scorer.implicit_reward, recipe.model)
         else:
             check = partial(_scorer, scorer, sets)
         yield from _tried(f"scorer {scorer.name}", check)
@@ -203,12 +207,33 @@ def _references(recipe: Recipe, loaded: PromptSet) -> str:
     return ""
 
 
-def _algorithm(recipe: Recipe) -> str:
+def _algorithm(recipe: Recipe, sets: Sequence[PromptSet]) -> str:
     choice, groups = recipe.algorithm, recipe.num_prompts_per_step
+    if is_file_name(choice.name):
+        _try_own_algorithm(recipe, sets[0].prompts[0] if sets else None)
     return (
         f"{choice.name}: {groups} groups of {recipe.num_generations} rollouts a step, "
         f"{recipe.updates_per_step} update{'s' if recipe.updates_per_step > 1 else ''}, "
         f"at most {recipe.max_staleness} steps stale"
+    )
+
+
+def _try_own_algorithm(recipe: Recipe, prompt: Prompt | None) -> None:
+    """What reading a user's composition could not tell."""
+    from orchestration.explain.dry_run import require_dry_run  # loads torch
+
+    choice = recipe.algorithm
+    require_dry_run(
+        choice.algorithm.pipeline(
+            choice.settings,
+            outcomes=recipe.weights,
+            max_completion_length=recipe.sampling.max_completion_length,
+        ),
+        choice.algorithm.objective(choice.settings),
+        scorers=recipe.weights,
+        num_generations=recipe.num_generations,
+        prompt=prompt,
+        file=Path(choice.name.rpartition(":")[0]),
     )
 
 
@@ -243,6 +268,20 @@ def _preference(config: ScorerConfig, preference: PreferenceConfig, model: str) 
     nothing = Group(id=0, prompt=Prompt(id="none", text="", tokens=np.zeros(1, np.int32)))
     asyncio.run(_tried_scores(config, nothing))
     return f"preference model of {folder}"
+
+
+def _implicit_reward(config: ScorerConfig, implicit: ImplicitRewardConfig, model: str) -> str:
+    """It reads the policy's tokens, and both of its models can be loaded."""
+    from reward_services.preference.encoder import tokenizer_fingerprint  # loads torch
+
+    if tokenizer_fingerprint(implicit.model) != tokenizer_fingerprint(model):
+        raise UserError(
+            f"implicit_reward.model {implicit.model} has another vocabulary than {model}, whose "
+            "tokens it has to read: start it from a model of the same family"
+        )
+    nothing = Group(id=0, prompt=Prompt(id="none", text="", tokens=np.zeros(1, np.int32)))
+    asyncio.run(_tried_scores(config, nothing))
+    return f"learns from {implicit.outcome}, starting from {implicit.model}"
 
 
 async def _tried_scores(config: ScorerConfig, group: Group) -> list[Score]:

@@ -14,12 +14,14 @@ COMMANDS = {
     "train": "run a recipe",
     "check": "find every problem of a recipe, its files and this machine before a run",
     "algorithms": "list the algorithms",
+    "explain": "show what an algorithm would do with given groups, number by number",
     "describe": "show which function an algorithm has at each point, and its settings",
     "eval": "measure a model on a data set: pass@1, pass@k, mean length",
     "preference": "collect answers, train and measure a preference model (WS-GRPO)",
+    "judge": "train a small model that judges steps (SGPO), and compare it with the rule",
     "serve-scorer": "answer OpenRLHF's POST /get_reward with a recipe's scorers",
     "starter": "build the small starter model, or write its data sets",
-    "schema": "print the JSON Schema of recipes, for editors",
+    "schema": "print the JSON Schema of recipes, or of the groups that explain reads",
     "submit": "run a recipe on a Ray cluster",
 }
 DONE, FAILURE, MISTAKE = 0, 1, 2

@@ -15,6 +15,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from grpo.algorithms import ALGORITHMS
+from grpo.algorithms.user_file import found_algorithm
 from grpo.config import AlgorithmConfig
 from grpo.errors import UserError
 from orchestration.aliases import targets_of
@@ -195,17 +196,14 @@ def _algorithm(data: Data, places: Places, problems: list[str]) -> AlgorithmChoi
         )
         return None
     name = section["name"]
-    if not isinstance(name, str) or name not in ALGORITHMS:
-        close = difflib.get_close_matches(str(name), ALGORITHMS, n=1)
-        remedy = f"did you mean {close[0]}?" if close else "expected one of these:"
-        where = _place(places, "algorithm.name")
-        problems.append(
-            f"{where}algorithm.name: unknown algorithm {name!r}; {remedy} ({', '.join(ALGORITHMS)})"
-        )
+    try:
+        algorithm = found_algorithm(str(name))
+    except UserError as error:
+        problems.append(f"{_place(places, 'algorithm.name')}algorithm.name: {error}")
         return None
     rest = {k: v for k, v in section.items() if k != "name"}
     try:
-        return AlgorithmChoice(name=name, settings=ALGORITHMS[name].config.model_validate(rest))
+        return AlgorithmChoice(name=name, settings=algorithm.config.model_validate(rest))
     except ValidationError as error:
         for detail in error.errors():
             loc = ("algorithm", *(str(part) for part in detail["loc"]))

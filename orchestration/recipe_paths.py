@@ -11,6 +11,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 STARTER_DATA = ("data", "starter")
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+_MODELS_OF_SCORERS = {"process_reward": ("model",), "implicit_reward": ("model", "reference")}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w.-]+)?")
 
 
@@ -25,16 +26,24 @@ def resolve_paths(data: dict[str, Any], folders: Sequence[Path]) -> list[tuple[s
     if isinstance(section, dict):
         for key in ("train", "evaluation"):
             _resolve(section, key, f"data.{key}", folders, problems)
+    algorithm = data.get("algorithm")
+    if isinstance(algorithm, dict):
+        _resolve_function(algorithm, "name", "algorithm.name", folders, problems)
     scorers = data.get("scorers")
     for i, scorer in enumerate(scorers if isinstance(scorers, list) else ()):
         if isinstance(scorer, dict):
-            _resolve_function(scorer, f"scorers.{i}.function", folders, problems)
+            _resolve_function(scorer, "function", f"scorers.{i}.function", folders, problems)
+            _resolve_judge(scorer.get("judge"), folders)
             preference = scorer.get("preference")
             if isinstance(preference, dict):
                 _resolve_made_folder(preference, folders)
                 _resolve(
                     preference, "encoder", f"scorers.{i}.preference.encoder", folders, problems
                 )
+            for judge, keys in _MODELS_OF_SCORERS.items():
+                if isinstance(model := scorer.get(judge), dict):
+                    for key in keys:
+                        _resolve(model, key, f"scorers.{i}.{judge}.{key}", folders, problems)
     return problems
 
 
@@ -56,22 +65,23 @@ def _resolve(
 
 
 def _resolve_function(
-    scorer: dict[str, Any],
+    section: dict[str, Any],
+    key: str,
     path: str,
     folders: Sequence[Path],
     problems: list[tuple[str, str]],
 ) -> None:
-    value = scorer.get("function")
+    value = section.get(key)
     if not isinstance(value, str):
         return
     file, _, name = value.rpartition(":")
     if not file.endswith(".py"):
-        return  # a module, or a form that the schema refuses
+        return  # a module, a member of the family, or a form that the schema refuses
     found = _found(file, folders)
     if found is None:
         problems.append((path, f"found no {file!r}; {_remedy(file, folders)}"))
     else:
-        scorer["function"] = f"{found}:{name}"
+        section[key] = f"{found}:{name}"
 
 
 def _resolve_made_folder(section: dict[str, Any], folders: Sequence[Path]) -> None:
@@ -79,6 +89,17 @@ def _resolve_made_folder(section: dict[str, Any], folders: Sequence[Path]) -> No
     if isinstance(value := section.get("folder"), str):
         path = folders[0] / Path(value).expanduser()
         section["folder"] = str(_found(value, folders) or path.resolve())
+
+
+def _resolve_judge(judge: object, folders: Sequence[Path]) -> None:
+    """`covey judge train` may still have to make the folder of a judge's model; a name of the
+    hub stays as it is."""
+    model = judge.get("model") if isinstance(judge, dict) else None
+    value = model.get("path") if isinstance(model, dict) else None
+    if isinstance(model, dict) and isinstance(value, str):
+        found = _found(value, folders)
+        if found is not None or value.startswith((".", "/", "~")):
+            model["path"] = str(found or (folders[0] / Path(value).expanduser()).resolve())
 
 
 def _found(value: str, folders: Sequence[Path]) -> Path | None:

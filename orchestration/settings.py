@@ -12,6 +12,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from grpo.algorithms import ALGORITHMS
+from grpo.algorithms.user_file import found_algorithm
+from grpo.errors import UserError
 from orchestration.recipe import Recipe
 
 
@@ -19,7 +21,10 @@ def all_settings(data: Mapping[str, Any]) -> tuple[str, ...]:
     """Every dotted path that a recipe with this algorithm may set; `*` stands for a list index."""
     section = data.get("algorithm", None)
     name = section["name"] if isinstance(section, dict) and "name" in section else None
-    chosen = [a for a in ALGORITHMS.values() if a.name == name]
+    try:
+        chosen = [found_algorithm(str(name))]
+    except UserError:  # reported where the algorithm is read
+        chosen = []
     algorithms = chosen or list(ALGORITHMS.values())
     own = {f"algorithm.{key}": None for a in algorithms for key in a.config.model_fields}
     rest = [p for p in _paths(Recipe, ()) if not p.startswith("algorithm.")]
@@ -29,6 +34,11 @@ def all_settings(data: Mapping[str, Any]) -> tuple[str, ...]:
 def is_setting(path: str, data: Mapping[str, Any]) -> bool:
     """Whether covey itself knows this path."""
     return _starred(path) in all_settings(data)
+
+
+def paths_of(model: type[BaseModel]) -> tuple[str, ...]:
+    """Every dotted path of a schema; `*` stands for a list index."""
+    return tuple(_paths(model, ()))
 
 
 def described(path: str, detail: Mapping[str, Any], settings: Sequence[str]) -> list[str]:
@@ -52,7 +62,7 @@ def _suggestion(path: str, settings: Sequence[str]) -> str:
     if close := difflib.get_close_matches(key, keys, n=1):
         return f"did you mean {prefix}{close[0]}?"
     if elsewhere := [s for s in settings if s.rpartition(".")[2] == key]:
-        return f"did you mean {elsewhere[0]}?"
+        return f"did you mean {min(elsewhere, key=lambda path: path.count('.'))}?"
     if not keys:
         return f"{section} is no section; `covey schema` lists all settings"
     return f"{section or 'a recipe'} has: {', '.join(keys)}"

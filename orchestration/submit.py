@@ -81,8 +81,10 @@ def local_files(recipe: Recipe) -> list[Path]:
         recipe.model,
         recipe.data.train,
         recipe.data.evaluation or "",
-        *[function.rpartition(":")[0] for function in functions],
+        *[name.rpartition(":")[0] for name in (recipe.algorithm.name, *functions)],
         *[s.preference.folder for s in recipe.scorers if s.preference is not None],
+        *[s.process_reward.model for s in recipe.scorers if s.process_reward is not None],
+        *[s.implicit_reward.model for s in recipe.scorers if s.implicit_reward is not None],
     ]
     return [Path(name) for name in names if Path(name).is_absolute()]
 

@@ -23,11 +23,13 @@ def run(arguments: Sequence[str]) -> int:
                 "name": a.name,
                 "title": a.title,
                 "paper": a.paper,
+                "kind": a.kind,
+                "certainty": a.certainty,
                 "settings": a.config().model_dump(mode="json"),
             }
             for a in ALGORITHMS.values()
         ]
         say(json.dumps(records, indent=2))
     else:
-        say_rows([(a.name, a.title, a.paper) for a in ALGORITHMS.values()])
+        say_rows([(a.name, a.title, a.kind, a.certainty, a.paper) for a in ALGORITHMS.values()])
     return 0

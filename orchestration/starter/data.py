@@ -53,7 +53,8 @@ def write_datasets(
 ) -> WrittenDatasets:
     """Write `train.jsonl` and `heldout.jsonl`: no prompt is in both, difficulties are balanced.
 
-    Columns: id, prompt, answer, solution (the ground-truth trace), difficulty, domain.
+    Columns: id, prompt, answer, solution (the ground-truth trace), hint (a shorter problem with the
+    same answer), difficulty, domain.
     """
     if num_train < 1 or num_heldout < 1:
         raise ValueError(
@@ -77,6 +78,7 @@ def _rows(problems: list[Problem], split: Split) -> Iterable[dict[str, str | int
             "prompt": problem.prompt,
             "answer": str(problem.answer),
             "solution": problem.solution,
+            "hint": problem.hint,
             "difficulty": problem.difficulty,
             "domain": problem.domain,
         }

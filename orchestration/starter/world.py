@@ -89,6 +89,13 @@ class Problem:
         """The ground-truth trace: the steps, one a line, then the answer."""
         return "\n".join([*self.steps, answer_line(self.answer)])
 
+    @property
+    def hint(self) -> str:
+        """What is left once half of the operations are done: `12 *3 -4` of `7 +5 *3 -4`."""
+        done = self.difficulty // 2
+        left = Problem(start=self.values[done], operations=self.operations[done:])
+        return left.prompt
+
 
 def answer_line(value: int) -> str:
     """The line that ends a trace."""

@@ -151,6 +151,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"updates_per_step": 3},
         ["num_prompts_per_step is 8 and updates_per_step is 3", "choose a divisor"],
     ),
+    "replay of nothing": (
+        {"replay": {"share": 0.05}},
+        ["replay.share is 0.05 of 8 groups, which is 0", "expected 1 to 7"],
+    ),
+    "more updates than sampled groups": (
+        {"replay": {"share": 0.75}, "updates_per_step": 4},
+        ["updates_per_step is 4, but the first step has no more than its 2 sampled groups"],
+    ),
     "no window": ({"window": 0}, ["window: found 0; expected greater than or equal to 1"]),
     "greedy training": (
         {"sampling": {"temperature": 0}},

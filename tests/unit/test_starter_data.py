@@ -34,11 +34,15 @@ def test_difficulties_are_balanced_and_columns_agree_with_the_prompt(tmp_path: P
     rows = _rows(write_datasets(tmp_path, num_train=100, num_heldout=200).heldout)
     assert Counter(row["difficulty"] for row in rows) == dict.fromkeys(DIFFICULTIES, 40)
     for row in rows:
-        assert list(row) == ["id", "prompt", "answer", "solution", "difficulty", "domain"]
+        columns = ["id", "prompt", "answer", "solution", "hint", "difficulty", "domain"]
+        assert list(row) == columns
         problem = parsed_prompt(str(row["prompt"]))
         assert row["difficulty"] == problem.difficulty
         assert row["answer"] == str(problem.answer)
         assert is_solved(problem, str(row["solution"]))
+        hint = parsed_prompt(str(row["hint"]))
+        assert hint.answer == problem.answer
+        assert hint.difficulty == problem.difficulty - problem.difficulty // 2
         assert row["domain"] == ("products" if "*" in str(row["prompt"]) else "sums")
     assert len({row["id"] for row in rows}) == 200
 

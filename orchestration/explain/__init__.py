@@ -1,0 +1,1 @@
+"""What an algorithm would do with given groups: the code of training, every number kept."""
