@@ -5,8 +5,10 @@
 
 Prints for each scorer the scores per second of one actor, how full its batches were, and the time
 per score beside a bare loop over the same function in batches of the same size (overhead; a process
-of its own, pickling and all bookkeeping included). Then the throughput of a judge that only waits,
-as a remote one would, with 1, 2 and 4 actors. Ratios are what to compare between machines.
+of its own, pickling and all bookkeeping included). A rule is computed in place, group by group: its
+"batch" is a group, of 8 or of 64 rollouts. Then the throughput of a judge that only waits, as a
+remote one would, with 1, 2 and 4 actors. Ratios are what to compare between machines, on one that
+does nothing else; benchmarks/model_scorers.py has the scorers that are models.
 """
 
 from __future__ import annotations
@@ -24,15 +26,15 @@ from pathlib import Path
 
 import numpy as np
 
-from grpo.engines import Scorer
 from grpo.types import FinishReason, Group, Origin, Prompt, Rollout, Span
 from orchestration.local import LocalScorerSpawner
-from orchestration.pool import ActorPool, ScorerPool, Spawner
+from orchestration.pool import ActorPool, Spawner
+from orchestration.scorer_pool import ScorerPool, ScorerWorker
 from orchestration.waits import Waits
 from reward_services.batches import joined
 from reward_services.config import ScorerConfig
 from reward_services.rule_function import judged_texts
-from reward_services.rule_verdicts import verdict_rule
+from reward_services.rule_scores import score_rule
 from reward_services.sandbox import Sandbox
 from reward_services.sandbox_config import SandboxConfig
 from reward_services.service import ScorerService
@@ -72,11 +74,11 @@ class Measured:
         return self.service_s / self.bare_s - 1
 
 
-def written_groups(num_groups: int, text: str) -> list[Group]:
+def written_groups(num_groups: int, text: str, size: int = GROUP_SIZE) -> list[Group]:
     """Distinct completions, so that the cache answers none of them."""
     groups = []
     for g in range(num_groups):
-        texts = [f"{text} answer: {g * GROUP_SIZE + i}" for i in range(GROUP_SIZE)]
+        texts = [f"{text} answer: {g * size + i}" for i in range(size)]
         prompt = Prompt(
             id=f"bench:{g}",
             text="7 +5",
@@ -116,7 +118,7 @@ def in_batches(groups: Sequence[Group]) -> list[list[tuple[Group, Span]]]:
 def bare_loop(config: ScorerConfig, groups: Sequence[Group]) -> float:
     """Seconds per score of the function alone, called in this thread as a service would call it."""
     batches = in_batches(groups)
-    rule = verdict_rule(config)
+    rule = score_rule(config)
     function = loaded_function(config.function) if config.function is not None else None
     joint = [joined(batch) for batch in batches]
     before = time.perf_counter()
@@ -173,7 +175,7 @@ def measured(config: ScorerConfig, groups: Sequence[Group], repeats: int) -> Mea
     return Measured(name=config.name, bare_s=min(bare), service_s=service_s, batch_fill=fill)
 
 
-async def throughput(spawner: Spawner[Scorer], num_actors: int) -> float:
+async def throughput(spawner: Spawner[ScorerWorker], num_actors: int) -> float:
     """Scores per second of a pool, each group asked for as its rollouts would end."""
     waits = Waits()
     pool = ActorPool(
@@ -191,7 +193,7 @@ async def throughput(spawner: Spawner[Scorer], num_actors: int) -> float:
 
 
 @contextlib.contextmanager
-def spawner_of(config: ScorerConfig, *, on_ray: bool) -> Iterator[Spawner[Scorer]]:
+def spawner_of(config: ScorerConfig, *, on_ray: bool) -> Iterator[Spawner[ScorerWorker]]:
     """How the actors of the scaling table are made."""
     if not on_ray:
         yield LocalScorerSpawner(config)
@@ -208,20 +210,27 @@ def spawner_of(config: ScorerConfig, *, on_ray: bool) -> Iterator[Spawner[Scorer
         ray.shutdown()
 
 
-def configs(functions: Path) -> list[tuple[ScorerConfig, int, str]]:
-    """(scorer, groups to score, text of the completions)"""
+def configs(functions: Path) -> list[tuple[ScorerConfig, list[Group]]]:
+    """Scorers and the groups that each of them scores."""
     program = "```python\ndef f(x): return x * x\n```\n"
     found = [
-        (ScorerConfig(name="numeric", rule="numeric"), 256, "7+5=12"),
-        (ScorerConfig(name="repetition", rule="repetition"), 256, "a b c " * 20),
-        (ScorerConfig(name="math", rule="math"), 32, "$\\frac{24}{2}$"),
-        (ScorerConfig(name="function-1ms", function=f"{functions}:work"), 64, "x"),
-        (ScorerConfig(name="function-trivial", function=f"{functions}:light"), 256, "x"),
+        (ScorerConfig(name="numeric", rule="numeric"), written_groups(256, "7+5=12")),
+        (ScorerConfig(name="numeric-64", rule="numeric"), written_groups(32, "7+5=12", 64)),
+        (
+            ScorerConfig(name="repetition-64", rule="repetition"),
+            written_groups(32, "a b " * 30, 64),
+        ),
+        (ScorerConfig(name="math", rule="math"), written_groups(32, "$\\frac{24}{2}$")),
+        (ScorerConfig(name="function-1ms", function=f"{functions}:work"), written_groups(64, "x")),
+        (
+            ScorerConfig(name="function-trivial", function=f"{functions}:light"),
+            written_groups(256, "x"),
+        ),
     ]
     missing = Sandbox(SandboxConfig()).missing()
     if missing is None:
         code = SandboxConfig(parallel=os.cpu_count() or 1)
-        found.append((ScorerConfig(name="unit-tests", code=code), 4, program))
+        found.append((ScorerConfig(name="unit-tests", code=code), written_groups(4, program)))
     else:
         print(f"unit tests: not measured, no isolation on this host: {missing}")
     return found
@@ -230,7 +239,7 @@ def configs(functions: Path) -> list[tuple[ScorerConfig, int, str]]:
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="How fast are scorers?")
     parser.add_argument("--ray", action="store_true", help="scaling over Ray actors")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         functions = Path(folder, "functions.py")
@@ -238,8 +247,8 @@ def main(arguments: Sequence[str]) -> None:
         print(
             f"{'scorer':20} {'scores/s':>10} {'fill':>6} {'bare us':>9} {'us':>9} {'overhead':>9}"
         )
-        for config, num_groups, text in configs(functions):
-            row = measured(config, written_groups(num_groups, text), options.repeats)
+        for config, groups in configs(functions):
+            row = measured(config, groups, options.repeats)
             print(
                 f"{row.name:20} {1 / row.service_s:10.0f} {row.batch_fill:6.0%} "
                 f"{row.bare_s * 1e6:9.1f} {row.service_s * 1e6:9.1f} {row.overhead:9.1%}"

@@ -22,7 +22,12 @@ def demands(recipe: Recipe) -> list[Demand]:
     """One entry per role, in the order of the recipe."""
     rollout, learner = recipe.rollout, recipe.learner
     scorers = [
-        Demand(role=f"scorer {s.name}", actors=s.actors, cpus=s.cpus_per_actor, gpus=0)
+        Demand(
+            role=f"scorer {s.name}",
+            actors=s.actors,
+            cpus=s.cpus_per_actor,
+            gpus=s.gpus_per_actor,
+        )
         for s in recipe.scorers
     ]
     return [

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from grpo.algorithms import grpo
 from grpo.errors import UserError
-from grpo.types import Group, Prompt
+from grpo.types import Prompt
 from orchestration.config import Recipe
-from orchestration.evaluation import PASS_ABOVE
 from orchestration.group_task import (
     DroppedGroup,
     FinishedGroup,
@@ -35,8 +34,8 @@ from reward_services.preference.model import loaded_parts
 from reward_services.preference.questions import (
     COLLECTION_FILE,
     Collection,
-    LabelledRollout,
     Question,
+    labelled_questions,
     read_collection,
     split,
     write_collection,
@@ -218,7 +217,7 @@ async def _answered(
             f"first: {dropped[0].prompt}: {dropped[0].reason}: {dropped[0].detail}"
         )
     groups = [item.group for item in done if isinstance(item, FinishedGroup)]
-    return [_question(group, parts.labels.name) for group in groups], len(dropped)
+    return labelled_questions(groups, scorer=parts.labels.name), len(dropped)
 
 
 def _group_recipe(
@@ -235,6 +234,7 @@ def _group_recipe(
         sampling=recipe.sampling.drawn(),
         run_seed=recipe.seed,
         engine=engine,
+        tokenizer=Tokenization(recipe.model),
         scorers={name: ScorerRole(scorer=service, stop_on_failure=False)},
     )
 
@@ -259,20 +259,3 @@ def _questions_at_a_time(parts: PreferenceParts) -> int:
     if rollout.engine == "vllm":
         return MAX_CONCURRENT_QUESTIONS
     return max(rollout.max_concurrent_rollouts // answers, 1)
-
-
-def _question(group: Group, scorer: str) -> Question:
-    """Answers that the scorer does not apply to are left out; cut-off ones are wrong."""
-    values = zip(group.rollouts, group.outcomes(scorer), strict=True)
-    return Question(
-        id=group.prompt.id,
-        context=tuple(group.prompt.tokens.tolist()),
-        rollouts=tuple(
-            LabelledRollout(
-                tokens=tuple(rollout.tokens.tolist()),
-                is_right=value > PASS_ABOVE and not rollout.is_truncated,
-            )
-            for rollout, value in values
-            if value is not None
-        ),
-    )

@@ -8,8 +8,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
+
 from grpo.types import Group, Rollout, Span
 from reward_services.user_functions import Batch
+
+Item = tuple[Group, Span]  # what one score is asked for
 
 
 def span_text(rollout: Rollout, span: Span) -> str:
@@ -26,25 +30,23 @@ def span_characters(rollout: Rollout, span: Span) -> tuple[int, int]:
     return start, int(rollout.token_ends[span.end - 1]) if span.end else 0
 
 
-def span_key(group: Group, span: Span) -> bytes:
+def span_keys(group: Group, spans: Sequence[Span]) -> list[bytes]:
     """The same for spans that no judge can tell apart: prompt, text and tokens up to their end."""
-    rollout = group.rollouts[span.rollout]
+    prompt = group.prompt
+    asked = repr((prompt.id, prompt.text, prompt.reference)).encode()
+    return [_span_key(asked, group.rollouts[span.rollout], span) for span in spans]
+
+
+def _span_key(asked: bytes, rollout: Rollout, span: Span) -> bytes:
     start, end = span_characters(rollout, span)
-    parts = (
-        group.prompt.id.encode(),
-        group.prompt.text.encode(),
-        repr((group.prompt.reference, start, span.start)).encode(),
-        rollout.text[:end].encode(errors="surrogatepass"),
-        rollout.tokens[: span.end].tobytes(),
-    )
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "big"))
-        digest.update(part)
-    return digest.digest()
+    text = rollout.text[:end].encode(errors="surrogatepass")
+    # Sizes first, so that no two lists of parts read alike.
+    sizes = b"%d %d %d %d %d " % (len(asked), start, span.start, span.end, len(text))
+    parts = (sizes, asked, text, rollout.tokens[: span.end].tobytes())
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
-def joined(items: Sequence[tuple[Group, Span]]) -> Batch:
+def joined(items: Sequence[Item]) -> Batch:
     """The parallel lists that a user function gets."""
     groups = [group for group, _ in items]
     rollouts = [group.rollouts[span.rollout] for group, span in items]
@@ -58,11 +60,10 @@ def joined(items: Sequence[tuple[Group, Span]]) -> Batch:
             [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
             for prompt, text in zip(prompts, texts, strict=True)
         ],
-        completion_ids=[
-            r.tokens[s.start : s.end].tolist() for r, s in zip(rollouts, spans, strict=True)
-        ],
-        prompt_ids=[rollout.context for rollout in rollouts],
-        starts=[span.start for span in spans],
+        tokens=np.concatenate(
+            [r.tokens[s.start : s.end] for r, s in zip(rollouts, spans, strict=True)]
+        ),
+        num_tokens=[span.end - span.start for span in spans],
         prompt_texts=[group.prompt.text for group in groups],
         completion_texts=texts,
         references=[group.prompt.reference for group in groups],

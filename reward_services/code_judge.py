@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from grpo.errors import UserError
+from reward_services.batches import Item, joined
 from reward_services.sandbox import Sandbox, SandboxLost
 from reward_services.sandbox_config import SandboxConfig
 from reward_services.unit_tests import program_in, read_tests, results
-from reward_services.user_functions import Batch, Verdict
+from reward_services.user_functions import Verdict
 
 _TRIES = 2  # a sandbox that could not be built says nothing about the program
 
@@ -33,8 +35,9 @@ class CodeJudge:
                 "run programs with this user's rights"
             )
 
-    async def judged(self, batch: Batch) -> list[Verdict]:
+    async def judged(self, items: Sequence[Item]) -> list[Verdict]:
         """A program that misbehaves fails its tests; a sandbox that fails is no score."""
+        batch = joined(items)
         tests = batch.columns.get(self._config.tests_column, [None] * len(batch))
         places = asyncio.Semaphore(self._config.parallel)
 

@@ -11,6 +11,8 @@ from typing import Literal, Self, get_args
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from grpo.config import Schema
+from reward_services.model_config import ImplicitRewardConfig, ProcessRewardConfig
+from reward_services.model_judge.config import ModelJudgeConfig
 from reward_services.preference.config import PreferenceConfig
 from reward_services.sandbox_config import SandboxConfig
 
@@ -55,6 +57,15 @@ class ScorerConfig(Schema):
     preference: PreferenceConfig | None = Field(
         None, description="the utility of each prefix, by a trained preference model"
     )
+    judge: ModelJudgeConfig | None = Field(
+        None, description="steps by a model that names the first wrong one; see also starter_steps"
+    )
+    process_reward: ProcessRewardConfig | None = Field(
+        None, description="a reward model from Hugging Face, read at the end of each span"
+    )
+    implicit_reward: ImplicitRewardConfig | None = Field(
+        None, description="PRIME's implicit process reward, which learns from each step's outcomes"
+    )
     url: str | None = Field(
         None,
         pattern=r"^https?://",
@@ -85,6 +96,12 @@ class ScorerConfig(Schema):
     weight: float = Field(1.0, description="coefficient of this scorer in the reward")
     actors: int = Field(1, ge=1, description="processes that score side by side")
     cpus_per_actor: float = Field(0.0, ge=0, description="cores that the cluster sets aside each")
+    gpus_per_actor: float = Field(
+        0.0,
+        ge=0,
+        description="GPUs that the cluster sets aside each; 0.25: four actors share one, each with "
+        "its own copy of its model",
+    )
     batch_size: int = Field(64, ge=1, description="completions that one function call gets")
     max_wait_ms: float = Field(5.0, ge=0, description="how long a call waits to fill its batch")
     deadline_s: float = Field(
@@ -94,6 +111,13 @@ class ScorerConfig(Schema):
     on_failure: Literal["drop", "stop"] = Field(
         "drop", description="a group that could not be scored: drop it, or end the run"
     )
+    max_failure_rate: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="with on_failure drop: share of the last groups that this scorer may fail, and "
+        "above it the run ends; null: no bound of its own",
+    )
     cache_size: int = Field(
         10_000, ge=0, description="scores that an actor remembers for identical texts; 0: none"
     )
@@ -102,6 +126,25 @@ class ScorerConfig(Schema):
     def needs_reference(self) -> bool:
         """Some rules compare with the data set's answer; the other judges take what they want."""
         return self.rule in get_args(AnswerRuleName)
+
+    @property
+    def marks_boundaries(self) -> bool:
+        """Whether a score depends on where the spans before it end, not on their text alone."""
+        return self.process_reward is not None or self.judge is not None
+
+    @property
+    def learns_from(self) -> str | None:
+        """The scorer whose outcomes of each step change what this one says of the next groups."""
+        if self.implicit_reward is not None:
+            return self.implicit_reward.outcome
+        if self.preference is not None and self.preference.refresh is not None:
+            return self.preference.refresh.outcome
+        return None
+
+    @property
+    def learns(self) -> bool:
+        """Whether it has a model that is trained on the groups of each step."""
+        return self.learns_from is not None
 
     @field_validator("function")
     @classmethod
@@ -130,6 +173,9 @@ class ScorerConfig(Schema):
             "function": self.function,
             "code": self.code,
             "preference": self.preference,
+            "judge": self.judge,
+            "process_reward": self.process_reward,
+            "implicit_reward": self.implicit_reward,
             "url": self.url,
         }
         found = [name for name, value in judges.items() if value is not None]
@@ -157,6 +203,16 @@ class ScorerConfig(Schema):
             raise ValueError(
                 f"scorer {self.name!r}: max_length {self.max_length} lies below min_length "
                 f"{self.min_length}"
+            )
+        if self.learns and self.actors != 1:
+            raise ValueError(
+                f"scorer {self.name!r} learns and has {self.actors} actors, each of which would "
+                "learn for itself: set actors: 1"
+            )
+        if self.max_failure_rate is not None and self.on_failure == "stop":
+            raise ValueError(
+                f"scorer {self.name!r}: on_failure stop ends the run at the first failure; "
+                "remove max_failure_rate, or set on_failure: drop"
             )
         if self.options and self.function is None:
             raise ValueError(f"scorer {self.name!r}: options are a function's; remove them")

@@ -12,9 +12,9 @@ import pickle
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from grpo.errors import UserError
 from reward_services.frames import read_frame, write_frame
@@ -23,10 +23,13 @@ from reward_services.user_functions import (
     Verdict,
     judged,
     loaded_function,
+    packed_verdicts,
     reason_of,
 )
 
 Judged = Callable[[Batch], list[Verdict]]
+Functions = Mapping[str, Callable[[Any], object]]  # what the process can be asked, by name
+JUDGE = "judge"
 
 
 def main(spec: str, options: str) -> None:
@@ -35,10 +38,24 @@ def main(spec: str, options: str) -> None:
 
 
 def serve(load: Callable[[], Judged]) -> None:
-    """Load what judges, say so, then answer one request after the other until the input ends."""
+    """`serve_all` for a process that judges and does nothing else."""
+    serve_all(lambda: {JUDGE: packing(load())})
+
+
+def packing(judge: Callable[[Any], Sequence[Verdict]]) -> Callable[[Any], object]:
+    """A judge whose verdicts travel as `unpacked_verdicts` reads them."""
+
+    def packed(asked: object) -> object:
+        return packed_verdicts(judge(asked))
+
+    return packed
+
+
+def serve_all(load: Callable[[], Functions]) -> None:
+    """Load what answers, say so, then answer one request after the other until the input ends."""
     requests, replies = _own_pipes()
     try:
-        judge = load()
+        functions = load()
     except UserError as error:
         write_frame(replies, pickle.dumps(("user_error", str(error))))
         return
@@ -47,12 +64,13 @@ def serve(load: Callable[[], Judged]) -> None:
     reader = threading.Thread(target=_read, args=(requests, inbox), name="requests", daemon=True)
     reader.start()
     while True:
-        write_frame(replies, pickle.dumps(_answer(judge, pickle.loads(inbox.get()))))
+        answer = _answer(functions, *pickle.loads(inbox.get()))
+        write_frame(replies, pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
 
 
-def _answer(judge: Judged, batch: Batch) -> tuple[str, object]:
+def _answer(functions: Functions, what: str, payload: object) -> tuple[str, object]:
     try:
-        return "verdicts", judge(batch)
+        return "answer", functions[what](payload)
     except (Exception, SystemExit) as error:  # whatever the user's code raises is its failure
         return "failed", reason_of(error)
 

@@ -1,4 +1,4 @@
-"""A handle on the process that runs a user function: start, ask with a deadline, kill.
+"""A handle on the process that runs a user function or a model: start, ask with a deadline, kill.
 
 Blocking on purpose: the service calls it from a thread. Knows nothing of groups or batching.
 """
@@ -18,7 +18,6 @@ from typing import IO
 
 from grpo.errors import BadInput, DeadlineExceeded, UserError, WorkerLost
 from reward_services.frames import read_frame, write_frame
-from reward_services.user_functions import Batch, Verdict
 
 # Imports of a scorer (torch, math libraries) may take long once, whatever a call may take.
 START_DEADLINE_S = 120.0
@@ -26,19 +25,28 @@ FUNCTION_CHILD = "reward_services.function_child"
 
 
 class FunctionProcess:
-    """One user function in a process of its own, so that it can be killed when it hangs."""
+    """What judges, in a process of its own, so that it can be killed when it hangs."""
 
     def __init__(
-        self, spec: str, options: Mapping[str, object], *, child: str = FUNCTION_CHILD
+        self,
+        spec: str,
+        options: Mapping[str, object],
+        *,
+        child: str = FUNCTION_CHILD,
+        environment: Mapping[str, str] | None = None,
+        start_deadline_s: float = START_DEADLINE_S,
     ) -> None:
         """`options` are keyword arguments of every call, as JSON can carry them; `child` is the
-        module that the process runs."""
+        module that the process runs, with what `environment` adds to this one's."""
         self._arguments = (child, spec, json.dumps(options))
+        self._environment = {} if environment is None else dict(environment)
+        self._start_deadline_s = start_deadline_s
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the process and load the function; a missing file or name is a UserError."""
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        paths = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        environment = os.environ | paths | self._environment
         self._process = subprocess.Popen(
             [sys.executable, "-m", *self._arguments],
             stdin=subprocess.PIPE,
@@ -46,20 +54,27 @@ class FunctionProcess:
             env=environment,
             start_new_session=True,  # a group of its own: what the function started dies with it
         )
-        kind, payload = self._exchange(None, START_DEADLINE_S)
+        kind, payload = self._exchange(None, self._start_deadline_s)
         if kind == "user_error":
             self.kill()
             raise UserError(str(payload))
 
-    def judged(self, batch: Batch, *, deadline_s: float) -> list[Verdict]:
-        """One verdict per completion. After DeadlineExceeded or WorkerLost: start it again."""
+    @property
+    def is_running(self) -> bool:
+        """False before the start and after a death: the next process knows nothing of this one."""
+        return self._process is not None
+
+    def asked(self, what: str, payload: object, *, deadline_s: float) -> object:
+        """The answer of one of the process's functions; BadInput is what the function raised.
+
+        After DeadlineExceeded or WorkerLost: ask again, and a new process starts.
+        """
         if self._process is None:
             self.start()
-        kind, payload = self._exchange(batch, deadline_s)
+        kind, answer = self._exchange((what, payload), deadline_s)
         if kind == "failed":
-            raise BadInput(str(payload))
-        assert isinstance(payload, list)
-        return payload
+            raise BadInput(str(answer))
+        return answer
 
     def kill(self) -> None:
         """End the process and everything it started; a call under way fails at once."""
@@ -67,11 +82,11 @@ class FunctionProcess:
         if process is not None:
             _end(process)
 
-    def _exchange(self, batch: Batch | None, deadline_s: float) -> tuple[str, object]:
+    def _exchange(self, request: object, deadline_s: float) -> tuple[str, object]:
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         with _killed_after(process, deadline_s) as expired:
-            reply = _asked(process.stdin, process.stdout, batch)
+            reply = _asked(process.stdin, process.stdout, request)
         if reply is not None:
             kind, payload = pickle.loads(reply)
             return kind, payload
@@ -93,11 +108,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             pipe.close()
 
 
-def _asked(stdin: IO[bytes], stdout: IO[bytes], batch: Batch | None) -> bytes | None:
-    """The reply; None: the process is gone. Without a batch only wait for the first message."""
+def _asked(stdin: IO[bytes], stdout: IO[bytes], request: object) -> bytes | None:
+    """The reply; None: the process is gone. Without a request only wait for the first message."""
     try:
-        if batch is not None:
-            write_frame(stdin, pickle.dumps(batch))
+        if request is not None:
+            write_frame(stdin, pickle.dumps(request, pickle.HIGHEST_PROTOCOL))
         return read_frame(stdout)
     except (BrokenPipeError, ValueError):  # ValueError: the pipe was closed by kill
         return None

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 
 import aiohttp
 
 from grpo.errors import BadInput, DeadlineExceeded, Transient, UserError
+from reward_services.batches import Item, joined
 from reward_services.config import ScorerConfig
 from reward_services.reward_protocol import verdicts_in
-from reward_services.user_functions import Batch, Verdict
+from reward_services.user_functions import Verdict
 
 _FIRST_PAUSE_S = 0.25  # before a second try, and twice as long before each further one
 _MAX_REPLY_BYTES = 64 << 20
@@ -45,8 +47,9 @@ class HttpJudge:
             headers["Authorization"] = f"Bearer {os.environ[self._token_env]}"
         self._session = aiohttp.ClientSession(headers=headers)
 
-    async def judged(self, batch: Batch) -> list[Verdict]:
+    async def judged(self, items: Sequence[Item]) -> list[Verdict]:
         """Try until the deadline or the last try; each failure says what the server did."""
+        batch = joined(items)
         queries = zip(batch.prompt_texts, batch.completion_texts, strict=True)
         question = {
             "query": [prompt + completion for prompt, completion in queries],

@@ -6,6 +6,7 @@ Knows nothing of arithmetic or of models.
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
@@ -29,14 +30,17 @@ CHAT_TEMPLATE = (
 )
 
 
-def built_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, built from nothing; the same entries every time.
+def built_tokenizer(
+    *, more_characters: str = "", more_words: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """The tokenizer, built from nothing; the same entries every time, and more after them.
 
     Byte-level BPE without a merge. It has to be of the Qwen2 class: beside a Qwen2 model,
     AutoTokenizer rebuilds this class from the vocabulary and ignores any other pipeline.
-    A character outside CHARACTERS has no token and disappears.
+    A character outside CHARACTERS and `more_characters` has no token and disappears.
     """
-    characters = [_BYTE_NAMES.get(character, character) for character in CHARACTERS]
+    written = CHARACTERS + more_characters
+    characters = [_BYTE_NAMES.get(character, character) for character in written]
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS, *characters])}
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary,
@@ -50,5 +54,6 @@ def built_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=MAX_TOKENS,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.add_tokens([AddedToken(word, normalized=False, special=False) for word in WORDS])
+    words = (*WORDS, *more_words)
+    tokenizer.add_tokens([AddedToken(word, normalized=False, special=False) for word in words])
     return tokenizer

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -24,6 +25,15 @@ WARM_UP_STEPS = 50
 ARITHMETIC_SHARE = 0.5  # of the steps: right traces only, so that no guess blurs the sums
 MAX_TRAINED_TOKENS = 96  # of a completion: rollouts are cut off before, so the rest is waste
 IGNORED = -100  # the label of a token without loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Tokens, and which token to predict for each place; IGNORED: nothing is learned there."""
+
+    ids: list[int]
+    labels: list[int]  # as long as the ids; the first is never predicted
+    weights: list[float]  # of the labels in the loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,24 +75,28 @@ def train(
     on_progress: Callable[[TrainingProgress], None] | None = None,
 ) -> None:
     """Train in place on endless seeded traces, with the loss on the completions only."""
+    rng = random.Random(f"traces/{seed}")
+    rows = partial(_rows, rng, tokenizer, seed=seed, num_steps=num_steps)
+    fit(model, rows, num_steps=num_steps, on_progress=on_progress)
+
+
+def fit(
+    model: Qwen2ForCausalLM,
+    rows: Callable[[int], list[Row]],
+    *,
+    num_steps: int,
+    on_progress: Callable[[TrainingProgress], None] | None = None,
+) -> None:
+    """Train in place on the rows of each step."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
     )
-    rng = random.Random(f"traces/{seed}")
     model.train()
     for step in range(num_steps):
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LEARNING_RATE * _schedule(step, num_steps)
-        traces = [
-            _trace(
-                rng,
-                generated(seed, step * TRACES_PER_STEP + i, rng.choice(DIFFICULTIES)),
-                right_only=step < ARITHMETIC_SHARE * num_steps,
-            )
-            for i in range(TRACES_PER_STEP)
-        ]
         optimizer.zero_grad()
-        loss = _backward(model, _encoded(tokenizer, traces), pad=tokenizer.pad_token_id)
+        loss = _backward(model, rows(step))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if on_progress is not None:
@@ -90,28 +104,57 @@ def train(
     model.eval()
 
 
-def _backward(
-    model: Qwen2ForCausalLM, encoded: list[tuple[list[int], list[int]]], *, pad: int
-) -> float:
+def _rows(
+    rng: random.Random,
+    tokenizer: PreTrainedTokenizerFast,
+    step: int,
+    *,
+    seed: int,
+    num_steps: int,
+) -> list[Row]:
+    traces = [
+        _trace(
+            rng,
+            generated(seed, step * TRACES_PER_STEP + i, rng.choice(DIFFICULTIES)),
+            right_only=step < ARITHMETIC_SHARE * num_steps,
+        )
+        for i in range(TRACES_PER_STEP)
+    ]
+    return [
+        Row(
+            ids=prompt + completion,
+            labels=[IGNORED] * len(prompt) + completion,
+            weights=[1.0] * (len(prompt) + len(completion)),
+        )
+        for prompt, completion in _encoded(tokenizer, traces)
+    ]
+
+
+def _backward(model: Qwen2ForCausalLM, rows: Sequence[Row]) -> float:
     """Accumulate the gradient of the mean loss over all tokens of a step; return that mean.
 
     Slices of similar length need little padding. Every token weighs the same whichever slice it
     is in: a mean by slice would make short, hasty traces far too likely.
     """
-    encoded = sorted(encoded, key=lambda pair: len(pair[0]) + len(pair[1]))
-    num_tokens = sum(len(completion) for _, completion in encoded)
+    rows = sorted(rows, key=lambda row: len(row.ids))
+    num_tokens = sum(_total_weight(row) for row in rows)
     total = 0.0
-    for start in range(0, len(encoded), TRACES_PER_SLICE):
-        ids, labels = _padded(encoded[start : start + TRACES_PER_SLICE], pad)
+    for start in range(0, len(rows), TRACES_PER_SLICE):
+        ids, labels, weights = _padded(rows[start : start + TRACES_PER_SLICE])
         # Right padding under causal attention: no real token sees a pad, so no mask is needed.
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        summed = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
         )
-        loss = summed / num_tokens
+        loss = (losses * weights[:, 1:].flatten()).sum() / num_tokens
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships it unannotated
         total += loss.item()
     return total
+
+
+def _total_weight(row: Row) -> float:
+    pairs = zip(row.labels, row.weights, strict=True)
+    return sum(weight for label, weight in pairs if label != IGNORED)
 
 
 def _schedule(step: int, num_steps: int) -> float:
@@ -148,14 +191,14 @@ def _encoded(
     ]
 
 
-def _padded(
-    encoded: list[tuple[list[int], list[int]]], pad: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(prompt) + len(completion) for prompt, completion in encoded)
-    ids = torch.full((len(encoded), width), pad)
-    labels = torch.full((len(encoded), width), IGNORED)
-    for row, (prompt, completion) in enumerate(encoded):
-        end = len(prompt) + len(completion)
-        ids[row, :end] = torch.tensor(prompt + completion)
-        labels[row, len(prompt) : end] = torch.tensor(completion)
-    return ids, labels
+def _padded(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[rows, tokens of the longest], padded on the right with whatever token 0 is."""
+    ids = [torch.tensor(row.ids) for row in rows]
+    labels = [torch.tensor(row.labels) for row in rows]
+    weights = [torch.tensor(row.weights) for row in rows]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return (
+        pad(ids, batch_first=True),
+        pad(labels, batch_first=True, padding_value=IGNORED),
+        pad(weights, batch_first=True),
+    )

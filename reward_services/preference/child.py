@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-from reward_services.function_child import Judged, serve
+from reward_services.function_child import JUDGE, Functions, packing, serve_all
+from reward_services.preference.config import PreferenceConfig
 from reward_services.preference.model import loaded_model
+from reward_services.preference.refresh import loaded_refreshed
 
 
-def main(folder: str, options: str) -> None:
-    """Load the model of a folder, then judge batches until the input ends."""
+def main(folder: str, settings: str) -> None:
+    """Load the model of a folder, then answer until the input ends."""
+    config = PreferenceConfig.model_validate_json(settings)
 
-    def load() -> Judged:
-        return loaded_model(Path(folder), **json.loads(options)).verdicts
+    def load() -> Functions:
+        if config.refresh is None:
+            return {JUDGE: packing(loaded_model(Path(folder), encoder=config.encoder).verdicts)}
+        model = loaded_refreshed(Path(folder), config)
+        return {
+            JUDGE: packing(model.verdicts),
+            "learn": model.learn,
+            "save": model.save,
+            "load": model.load,
+        }
 
-    serve(load)
+    serve_all(load)
 
 
 if __name__ == "__main__":

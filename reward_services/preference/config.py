@@ -11,6 +11,18 @@ from grpo.config import Schema
 from grpo.types import DType
 
 
+class RefreshConfig(Schema):
+    """Lets the head learn further during a run; the paper's model stays as it is."""
+
+    every_steps: int = Field(
+        10, ge=1, description="steps from one refresh to the next; it learns from their groups"
+    )
+    outcome: str = Field(description="the scorer that says which answers are right")
+    learn_deadline_s: float = Field(
+        300.0, gt=0, description="for learning, and for writing or reading the head"
+    )
+
+
 class PreferenceConfig(Schema):
     """A preference model that `covey preference train` makes and a run asks about prefixes.
 
@@ -46,6 +58,11 @@ class PreferenceConfig(Schema):
     head_learning_rate: float = Field(1e-4, gt=0, description="Adam, constant")
     batch_size: int = Field(64, ge=1, description="pairs in a step")
     epochs: int = Field(3, ge=1, description="passes over all pairs")
+    refresh: RefreshConfig | None = Field(
+        None,
+        description="train the head further on the outcomes of the run's own groups, with the "
+        "settings above; null: the model stays as it was trained, as in the paper",
+    )
     encoder_dtype: DType = Field("float32", description="of the frozen model that is read")
 
     @field_validator("prefix_fractions")

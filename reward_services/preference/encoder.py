@@ -8,8 +8,9 @@ pass. Shapes: B rows, L tokens of the longest row, T tokens of a rollout, H stat
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from grpo.errors import UserError
 from grpo.types import DType
 from reward_services.preference.prefixes import PrefixRow
+from reward_services.token_rows import device_of, padded, passes
 
 MAX_TOKENS_PER_PASS = 8192  # padding included; bounds the memory of one forward pass
 MAX_TOKENS_PER_LOGITS = 512  # [tokens, vocabulary] is the largest array of all; a slice at a time
@@ -37,8 +39,7 @@ class Encoder:
             ) from error
         self.fingerprint = weights_fingerprint(self._model)
         self._largest_surprise = largest_surprise
-        # Of a Ray actor these are the GPUs that were set aside for it: none, unless asked for.
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device_of("auto")
         self._model.to(self._device).eval()
 
     @property
@@ -50,14 +51,14 @@ class Encoder:
     def features(self, rows: Sequence[PrefixRow]) -> list[Tensor]:
         """For each row [number of its ends, F], in float32 on the CPU."""
         found: dict[int, Tensor] = {}
-        for places in _passes(rows):
+        lengths = [len(row.context) + len(row.tokens) for row in rows]
+        for places in passes(lengths, at_most=MAX_TOKENS_PER_PASS):
             part = self._one_pass([rows[place] for place in places])
             found |= dict(zip(places, part, strict=True))
         return [found[place] for place in range(len(rows))]
 
     def _one_pass(self, rows: Sequence[PrefixRow]) -> list[Tensor]:
-        ids, mask = _padded(rows)
-        ids, mask = ids.to(self._device), mask.to(self._device)
+        ids, mask = padded([_ids(row) for row in rows], self._device)
         states = self._model.base_model(
             input_ids=ids, attention_mask=mask, use_cache=False
         ).last_hidden_state  # [B, L, H]
@@ -111,27 +112,5 @@ def tokenizer_fingerprint(model: str) -> str:
     return hashlib.sha256(repr(sorted(vocabulary.items())).encode()).hexdigest()
 
 
-def _passes(rows: Sequence[PrefixRow]) -> Iterator[list[int]]:
-    """Rows of similar length together, as many as fit into a pass."""
-    lengths = [len(row.context) + len(row.tokens) for row in rows]
-    part: list[int] = []
-    for place in sorted(range(len(rows)), key=lambda place: -lengths[place]):
-        if part and (len(part) + 1) * lengths[part[0]] > MAX_TOKENS_PER_PASS:
-            yield part
-            part = []
-        part.append(place)
-    if part:
-        yield part
-
-
-def _padded(rows: Sequence[PrefixRow]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, [B, L], padded on the right where no causal state sees it."""
-    lengths = [len(row.context) + len(row.tokens) for row in rows]
-    ids = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        first = len(row.context)
-        ids[place, :first] = torch.from_numpy(row.context.astype("int64"))
-        ids[place, first:length] = torch.from_numpy(row.tokens.astype("int64"))
-        mask[place, :length] = 1
-    return ids, mask
+def _ids(row: PrefixRow) -> Tensor:
+    return torch.from_numpy(np.concatenate([row.context, row.tokens]).astype(np.int64))

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
+from reward_services.asked_rollouts import AskedRollouts
 from reward_services.preference.encoder import Encoder, tokenizer_fingerprint
 from reward_services.preference.head import HeadFacts, UtilityHead, load_head, read_facts
-from reward_services.preference.prefixes import PrefixRow, asked_prefixes
-from reward_services.user_functions import Batch, Verdict
+from reward_services.preference.prefixes import PrefixRow, prefix_row
+from reward_services.user_functions import Verdict
 
 
 class PreferenceModel:
@@ -31,19 +32,20 @@ class PreferenceModel:
         """For each row one number per prefix; a difference of two is the logit of preferring."""
         return [self._head(features) for features in self._encoder.features(rows)]
 
-    def verdicts(self, batch: Batch) -> list[Verdict]:
+    def verdicts(self, asked: AskedRollouts) -> list[Verdict]:
         """The utility of each span of a batch; a span that is no prefix is a failure."""
-        asked = asked_prefixes(batch)
-        values = [row.tolist() for row in self.utilities(asked.rows)]
+        rows = [prefix_row(rollout) for rollout in asked.rollouts]
+        read = [place for place, row in enumerate(rows) if row.ends]
+        utilities = self.utilities([rows[place] for place in read])
+        found = {
+            (place, end): _verdict(value)
+            for place, values in zip(read, utilities, strict=True)
+            for end, value in zip(rows[place].ends, values.tolist(), strict=True)
+        }
+        spans = [(number, asked.rollouts[number].spans[place]) for number, place in asked.places]
         return [
-            Verdict(
-                value=None,
-                failure=f"span from token {batch.starts[place]} on: a preference model judges "
-                "prefixes [0, t) only",
-            )
-            if found is None
-            else _verdict(values[found[0]][found[1]])
-            for place, found in enumerate(asked.places)
+            found[number, end] if start == 0 else _no_prefix(start)
+            for number, (start, end) in spans
         ]
 
 
@@ -84,6 +86,11 @@ def _require_same(folder: Path, facts: HeadFacts, model: str, encoder: Encoder) 
                 f"preference model in {folder} was trained on ({then[:12]}): give back that model, "
                 "or train again with covey preference train RECIPE"
             )
+
+
+def _no_prefix(start: int) -> Verdict:
+    failure = f"span from token {start} on: a preference model judges prefixes [0, t) only"
+    return Verdict(value=None, failure=failure)
 
 
 def _verdict(value: float) -> Verdict:

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.errors import UserError
+from grpo.types import Group
 
+RIGHT_ABOVE = 0.5  # of an outcome score
 ROLLOUTS_FILE, COLLECTION_FILE = "rollouts.jsonl", "collection.json"
 
 
@@ -69,6 +71,28 @@ def question_pairs(question: Question, *, at_most: int, seed: int) -> list[tuple
     return sorted(random.Random(f"pairs/{seed}/{question.id}").sample(pairs, at_most))
 
 
+def labelled_question(group: Group, *, scorer: str) -> Question:
+    """Answers that the scorer does not apply to are left out; cut-off ones are wrong."""
+    values = zip(group.rollouts, group.outcomes(scorer), strict=True)
+    return Question(
+        id=group.prompt.id,
+        context=tuple(group.prompt.tokens.tolist()),
+        rollouts=tuple(
+            LabelledRollout(
+                tokens=tuple(rollout.tokens.tolist()),
+                is_right=value > RIGHT_ABOVE and not rollout.is_truncated,
+            )
+            for rollout, value in values
+            if value is not None
+        ),
+    )
+
+
+def labelled_questions(groups: Sequence[Group], *, scorer: str) -> list[Question]:
+    """One question per group, in their order."""
+    return [labelled_question(group, scorer=scorer) for group in groups]
+
+
 def split(
     questions: Sequence[Question], *, share: float, seed: int
 ) -> tuple[list[Question], list[Question]]:
@@ -80,8 +104,7 @@ def split(
 
 def write_collection(folder: Path, questions: Iterable[Question], collection: Collection) -> None:
     """The answers first and what they are last, so that a half-written folder holds neither."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / ROLLOUTS_FILE, (json.dumps(_row(question)) for question in questions))
+    write_questions(folder, questions)
     facts = {name: getattr(collection, name) for name in Collection.__dataclass_fields__}
     _replace(folder / COLLECTION_FILE, [json.dumps(facts, indent=2)])
 
@@ -94,8 +117,19 @@ def read_collection(folder: Path) -> tuple[list[Question], Collection]:
             "covey preference collect RECIPE"
         )
     facts = json.loads((folder / COLLECTION_FILE).read_text())
+    return read_questions(folder), Collection(**facts)
+
+
+def write_questions(folder: Path, questions: Iterable[Question]) -> None:
+    """One line each; a file that was there before is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / ROLLOUTS_FILE, (json.dumps(_row(question)) for question in questions))
+
+
+def read_questions(folder: Path) -> list[Question]:
+    """What `write_questions` wrote."""
     with (folder / ROLLOUTS_FILE).open() as lines:
-        return [_question(json.loads(line)) for line in lines], Collection(**facts)
+        return [_question(json.loads(line)) for line in lines]
 
 
 def _replace(path: Path, lines: Iterable[str]) -> None:

@@ -96,11 +96,19 @@ def encoded_pairs(
     )
 
 
-def trained_head(pairs: Pairs, config: PreferenceConfig, *, seed: int) -> UtilityHead:
-    """Minimise -log sigmoid(utility(winner) - utility(loser)) with Adam, from a seeded start."""
+def trained_head(
+    pairs: Pairs, config: PreferenceConfig, *, seed: int, start: UtilityHead | None = None
+) -> UtilityHead:
+    """Minimise -log sigmoid(utility(winner) - utility(loser)) with Adam.
+
+    From a copy of `start`; None: from a seeded start.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = UtilityHead(pairs.features.shape[-1], config.hidden_units)
+        units = config.hidden_units if start is None else start.inner.out_features
+        head = UtilityHead(pairs.features.shape[-1], units)
+    if start is not None:
+        head.load_state_dict(start.state_dict())
     optimizer = torch.optim.Adam(head.parameters(), lr=config.head_learning_rate)
     generator = torch.Generator().manual_seed(seed)
     fractions, size = len(pairs.features), len(pairs.winners)

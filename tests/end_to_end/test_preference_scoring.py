@@ -13,13 +13,13 @@ import torch
 
 from grpo.errors import UserError
 from grpo.types import Score, Span
-from reward_services.batches import joined
+from reward_services.asked_rollouts import asked_rollouts
 from reward_services.config import ScorerConfig
 from reward_services.judges import FunctionJudge
 from reward_services.preference.encoder import MAX_TOKENS_PER_LOGITS, MAX_TOKENS_PER_PASS
 from reward_services.preference.head import WEIGHTS_FILE
 from reward_services.preference.model import PreferenceModel, loaded_model, require_tokenizer
-from reward_services.preference.prefixes import PrefixRow, asked_prefixes
+from reward_services.preference.prefixes import PrefixRow
 from reward_services.service import ScorerService
 from tests.unit.preference_models import an_encoder, answered, written_model
 from tests.unit.small_project import MODEL
@@ -99,9 +99,8 @@ def test_each_distinct_rollout_is_read_once_however_many_prefixes_are_asked_for(
         for r in group.rollouts
         for end in range(r.num_tokens + 1)
     ]
-    batch = joined(items[::-1])
-    asked = asked_prefixes(batch)
-    assert sorted(len(row.tokens) for row in asked.rows) == sorted(
+    asked = asked_rollouts(items[::-1], scorer="p")
+    assert sorted(len(rollout.tokens) for rollout in asked.rollouts) == sorted(
         group.rollouts[i].num_tokens for i in range(3)
     )
     encoder, rows_read = an_encoder(), []
@@ -109,19 +108,18 @@ def test_each_distinct_rollout_is_read_once_however_many_prefixes_are_asked_for(
         lambda module, args, kwargs: rows_read.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     head = torch.nn.Linear(encoder.num_features, 1)
-    PreferenceModel(encoder, lambda x: head(x)[:, 0]).verdicts(batch)  # type: ignore[arg-type]
+    PreferenceModel(encoder, lambda x: head(x)[:, 0]).verdicts(asked)  # type: ignore[arg-type]
     assert sum(rows_read) == 3
-    for place, (_, span) in zip(asked.places, items[::-1], strict=True):
-        assert place is not None
-        row = asked.rows[place[0]]
+    for (number, place), (_, span) in zip(asked.places, items[::-1], strict=True):
+        rollout = asked.rollouts[number]
         expected = group.rollouts[span.rollout].tokens[: span.end]
-        assert row.tokens[: row.ends[place[1]]].tolist() == expected.tolist()
+        assert rollout.tokens[: rollout.spans[place][1]].tolist() == expected.tolist()
 
 
 def test_equal_answers_to_different_prompts_are_kept_apart() -> None:
     groups = [answered(prompt, ["answer: 2"]) for prompt in ("7 +5", "7 -5")]
     span = Span(rollout=0, start=0, end=3)
-    assert len(asked_prefixes(joined([(group, span) for group in groups])).rows) == 2
+    assert len(asked_rollouts([(group, span) for group in groups], scorer="p").rollouts) == 2
 
 
 def test_a_scorer_gives_the_utility_of_every_prefix_the_empty_one_included(
@@ -163,8 +161,9 @@ def test_a_utility_that_is_no_number_is_a_failure_and_never_a_zero(tmp_path: Pat
     weights = safetensors.torch.load_file(tmp_path / WEIGHTS_FILE)
     weights["outer.bias"].fill_(float("nan"))
     safetensors.torch.save_file(weights, tmp_path / WEIGHTS_FILE)
-    batch = joined([(answered("7 +5", ["answer: 2"]), Span(rollout=0, start=0, end=2))])
-    (verdict,) = loaded_model(tmp_path, encoder=None).verdicts(batch)
+    items = [(answered("7 +5", ["answer: 2"]), Span(rollout=0, start=0, end=2))]
+    asked = asked_rollouts(items, scorer="p")
+    (verdict,) = loaded_model(tmp_path, encoder=None).verdicts(asked)
     assert verdict.value is None and "expected a finite number" in str(verdict.failure)
 
 

@@ -11,7 +11,8 @@ import ray
 
 from grpo.types import Score
 from orchestration.handles import RayScorerSpawner
-from orchestration.pool import ActorPool, ScorerPool
+from orchestration.pool import ActorPool
+from orchestration.scorer_pool import ScorerPool
 from orchestration.waits import Waits
 from reward_services.config import ScorerConfig
 from tests.unit.scored_groups import whole, written_group
@@ -82,6 +83,7 @@ def scored(path: Path, source: str, texts: list[str]) -> tuple[list[Score], int]
         ("os.system('sleep 1000')", 0),
         ("raise OSError('busy')", 0),
         ("return [1.0] * 99", 0),
+        ("time.sleep(4); return [0.0] * len(completions)", 0),  # too late, and nobody's any more
     ],
 )
 def test_trouble_that_passes_costs_no_group(

@@ -10,7 +10,8 @@ import pytest
 from grpo.engines import RolloutEngine, Scorer
 from grpo.errors import Fatal, PromptTooLong, WorkerLost
 from grpo.types import Group, SampleRequest, Sampling, Span, WeightRef
-from orchestration.pool import ActorPool, RolloutPool, ScorerPool
+from orchestration.pool import ActorPool, RolloutPool
+from orchestration.scorer_pool import ScorerPool
 from orchestration.waits import Waits
 from tests.fakes import FakeEngine, a_prompt
 
