@@ -6,7 +6,7 @@ Refuses to know any algorithm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal, Self
@@ -154,19 +154,30 @@ def with_knobs(
     outcomes: Mapping[str, float],
     max_completion_length: int,
 ) -> Pipeline:
-    """A member's pipeline with the knobs that every member has (arXiv:2404.14367)."""
+    """A member's pipeline with the knobs that every member has (arXiv:2404.14367).
+
+    A user's pipeline that is made from a member's has them already: they act once.
+    """
     pipeline = build(config, outcomes=outcomes, max_completion_length=max_completion_length)
-    if config.reward_margin is not None:
+    if config.reward_margin is not None and not _is_one(
+        pipeline.select, selection.drop_if_small_margin
+    ):
         enough = partial(
             selection.drop_if_small_margin, weights=judging(outcomes), margin=config.reward_margin
         )
         pipeline = replace(pipeline, select=(enough, *pipeline.select))
-    if config.negative_scale != 1:
+    if config.negative_scale != 1 and not _is_one(
+        (pipeline.advantage,), advantages.negative_scaled
+    ):
         scaled = partial(
             advantages.negative_scaled, advantage=pipeline.advantage, scale=config.negative_scale
         )
         pipeline = replace(pipeline, advantage=scaled)
     return pipeline
+
+
+def _is_one(point: Sequence[Callable[..., object]], function: Callable[..., object]) -> bool:
+    return any(isinstance(item, partial) and item.func is function for item in point)
 
 
 def answer_pipeline(

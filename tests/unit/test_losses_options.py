@@ -10,6 +10,8 @@ from pydantic import ValidationError
 
 from grpo import aggregation, rewards, selection, step_advantage
 from grpo.algorithms import ALGORITHMS
+from grpo.algorithms.options import with_knobs
+from grpo.describe import described
 from grpo.pipeline import RewardedGroup
 from grpo.types import Dropped
 from tests.unit.family_cases import (
@@ -32,6 +34,16 @@ def with_reference(group, gaps):
         for r, gap in zip(group.rollouts, gaps, strict=True)
     ]
     return replace(group, rollouts=tuple(rollouts))
+
+
+def test_knobs_act_once_in_a_pipeline_that_is_made_from_a_members():
+    member = ALGORITHMS["grpo"]
+    config = member.config(negative_scale=0.5, reward_margin=0.5)
+    settings = {"outcomes": {"answer": 1.0}, "max_completion_length": 96}
+    once = member.pipeline(config, **settings)
+    twice = with_knobs(member.pipeline, config, **settings)
+    objective = member.objective(config)
+    assert described(twice, objective) == described(once, objective)
 
 
 @pytest.mark.parametrize("name", [n for n in ALGORITHMS if n not in TAKES_LABELS])
