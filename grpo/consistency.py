@@ -93,5 +93,5 @@ def consistency_metrics(
         [likelihoods(item.group, opening=opening, closing=closing) for item in groups]
     )
     present = found[~np.isnan(found)]
-    marked = {"consistency/frac_marked": len(present) / max(len(found), 1)}
+    marked = {"consistency/frac_marked": len(present) / len(found)}
     return marked | ({"consistency/likelihood": float(present.mean())} if len(present) else {})

@@ -125,15 +125,11 @@ def hint_metrics(
     hinted = [item.group for item in groups if hinted_places(item.group)]
     plain = [item.group for item in groups if not hinted_places(item.group)]
     metrics = {"hints/frac_groups": len(hinted) / len(groups)}
-    if hinted:
-        values = [
-            outcome_values(group, scorer=scorer)[hinted_places(group)].mean() for group in hinted
-        ]
-        metrics["hints/outcome_hinted"] = float(np.nanmean(values))
-    if plain:
-        metrics["hints/outcome_plain"] = float(
-            np.mean([accuracy(group, scorer=scorer) for group in plain])
-        )
+    for name, part in (("hinted", hinted), ("plain", plain)):
+        means = [accuracy(hinted_if_any(group, state), scorer=scorer) for group in part]
+        present = [mean for mean in means if not np.isnan(mean)]
+        if present:
+            metrics[f"hints/outcome_{name}"] = float(np.mean(present))
     if hinted and is_scaled:
         ratios = np.concatenate([hinted_ratios(group) for group in hinted])
         metrics["hints/ratio_mean"] = float(ratios.mean())

@@ -70,6 +70,8 @@ def test_an_answer_to_be_punished_is_left_alone_once_the_policy_has_left_it():
     inputs = toy_inputs([1.0, -1.0, -1.0, 1.0], behaviour=flat(ENGINE))
     kept = gates.off_policy_filter(inputs, delta=0.1)
     assert kept.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 1]
+    one = token_inputs(log_probs=[-1.0], proximal=[-1.0], behaviour=[-0.5], advantages=[-1.0])
+    assert gates.off_policy_filter(one, delta=0.5).tolist() == [1]  # 0.5 does not exceed 0.5
     good = toy_inputs([1.0, -1.0, 1.0, 1.0], behaviour=flat(ENGINE))
     assert gates.off_policy_filter(good, delta=0.1).tolist() == [1] * 10
 

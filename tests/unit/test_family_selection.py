@@ -195,6 +195,11 @@ def test_fewer_rollouts_are_kept_of_easier_prompts(mean, kept):
     assert by_difficulty(rewards, KNOWN, keep=2, warmup=1) == 2
 
 
+def test_a_prompt_at_a_quartile_counts_as_the_easier_one():
+    found = [by_difficulty(np.array([mean]), KNOWN, keep=8, warmup=5) for mean in (0.6, 0.825)]
+    assert found == [6, 4]
+
+
 def test_what_is_easy_is_learned_from_the_groups_trained_on():
     pipeline, _ = halves("gfpo", num_generations=4, num_kept=4, adaptive=True, adaptive_warmup=3)
     easy, hard = group_of([1, 1, 1, 0], [4, 3, 2, 1]), group_of([0, 0, 0, 1], [4, 3, 2, 1])
@@ -404,3 +409,10 @@ def test_without_its_discount_unlikeliness_is_grpo_on_mixed_groups_to_the_last_b
     assert differing_points(
         points("unlikeliness", num_generations=8, beta=0, **settings), points("grpo")
     ) == {"select", "rewards"}
+
+
+def test_an_answer_that_one_of_two_scorers_judged_keeps_that_part():
+    components = np.array([[1.0, np.nan], [0.0, 1.0], [np.nan, 0.0], [np.nan, np.nan]])
+    found = decoupled_values(components, weights=(1.0, 2.0), **PLAIN)
+    root = 0.5**0.5  # of two answers, one deviation apart from the mean of both
+    np.testing.assert_allclose(found, [root, -root + 2 * root, -2 * root, np.nan])

@@ -144,7 +144,7 @@ def test_a_domain_without_a_share_counts_as_average_and_missing_rewards_stay_mis
 
     assert scaled("x", [1, 1], {"a": 0.9, "b": 0.1}) == pytest.approx([2, 2], rel=1e-4)
     assert scaled("x", [1, 1], {}) == pytest.approx([1, 1], rel=1e-4)
-    assert np.isnan(scaled("a", [None, 1], {})).tolist() == [True, False]
+    np.testing.assert_allclose(scaled("a", [None, 0.5], {}), [np.nan, 1], rtol=1e-4)
     assert scaled("a", [-1, 0.5], {}) == pytest.approx([0, 0])
 
 
@@ -152,3 +152,11 @@ def test_a_share_outside_zero_and_one_is_refused():
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="share must lie above 0"):
             halves("disco_scaling", domain_shares={"a": share})
+
+
+def test_a_prompt_goes_well_or_badly_by_the_mean_of_its_judged_answers():
+    groups = [group_of([1, None, None, 0.8]), group_of([0.9, 0.5, 0.7, 0.3], group=1)]
+    plain = advantages_of(halves("grpo")[0], groups)
+    found = advantages_of(halves("grpo_invariant", invariance_coef=1.0)[0], groups)
+    # returns 0.9 and 0.6, 2 and 4 of 6 answers: 1 - 6 * 0.15 / 2 and 1 + 6 * 0.15 / 4
+    np.testing.assert_allclose(found, plain * np.repeat([0.55, 1.225], 4), rtol=1e-6)

@@ -68,6 +68,9 @@ def test_a_two_sided_bound_that_is_not_reached_changes_no_bit(ratio, advantage):
         (1.25, -1.0, False, False),
         (1.25, 0.0, False, False),
         (1.1, 1.0, False, False),
+        (1.1, -1.0, False, False),
+        (0.9, 1.0, False, False),
+        (0.9, -1.0, False, False),
     ],
 )
 def test_clipping_is_reported_exactly_where_it_stops_the_gradient(
@@ -194,3 +197,21 @@ def test_entropy_as_a_penalty_with_a_negative_coefficient_rewards_entropy():
     loss, metrics = loss_and_metrics(objective, inputs)
     assert metrics["entropy"].item() == pytest.approx(1.2)
     assert torch.autograd.grad(loss, entropy)[0].tolist() == pytest.approx([-0.1, -0.1])
+
+
+def test_the_shares_of_clipped_tokens_are_weighted_as_the_loss_is():
+    inputs = token_inputs(
+        log_probs=np.log([1.25, 0.7, 0.7, 1.0]).tolist(),
+        proximal=[0.0] * 4,
+        advantages=[1.0, -1.0, 1.0, 1.0],
+    )
+    inputs = replace(inputs, weights=torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64))
+    objective = Objective(log_ratio=token_log_ratio, surrogate=partial(clipped, low=0.2, high=0.2))
+    loss, metrics = loss_and_metrics(objective, inputs)
+    # losses -1.2, 0.8, -0.7, -1
+    assert {name: value.item() for name, value in metrics.items()} == {
+        "policy_loss": pytest.approx(-0.57),
+        "clip_ratio/low": pytest.approx(0.2),
+        "clip_ratio/high": pytest.approx(0.1),
+    }
+    assert loss.item() == pytest.approx(-0.57)

@@ -179,3 +179,10 @@ def test_the_measure_is_named_as_the_pipeline_asks_for_it():
     pipeline, objective = halves("tw_grpo", divergence="kl")
     assert [m.name for m in pipeline.measures] == [m.name for m in objective.measures]
     assert objective.measures[0].name == divergence.NAME
+
+
+def test_the_weights_begin_at_one_where_the_disagreement_is_least():
+    # 0.3 lies 1/5 of the way from 0.2 to 0.7
+    found = divergence_weight(measured([0.2, 0.3], [0.2, 0.3, 0.7]), None, alpha=1.7)
+    np.testing.assert_allclose(found[0], [1.0, 1.14], atol=1e-6)
+    np.testing.assert_allclose(found[1], [1.0, 1.14, 1.7], atol=1e-6)

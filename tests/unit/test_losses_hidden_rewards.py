@@ -117,6 +117,7 @@ def test_given_tokens_take_no_part():
 @pytest.mark.parametrize("labels", [[0, 0], [float("nan"), 0]])
 def test_without_a_right_answer_there_are_no_scores(labels):
     rows = random_rows(1, lengths=[3, 2], labels=labels, vocabulary=4, size=2)
+    rows = [replace(row, log_probs=row.log_probs - 0.5) for row in rows]
     layer = LinearLayer(weight=torch.randn(2, 4, dtype=torch.float64))
     assert scores(layer, rows) == [[0.0] * 3, [0.0] * 2]
 
@@ -248,3 +249,31 @@ def test_scores_of_right_and_wrong_answers_are_plotted_apart():
         "hidden_reward/right": pytest.approx(0.16),
         "hidden_reward/wrong": pytest.approx(0.149),
     }
+
+
+def test_the_threshold_is_that_of_the_least_supported_right_answer():
+    labels = np.array([1.0, 0.0, 1.0, 0.0])
+    assert hidden_rewards.smallest_mean(measured(FOUR, labels), labels) == pytest.approx(0.242)
+    group = measured([[0.052, 0.432], [0.3, 0.2], [0.252, 0.676]], [1, 0, 1])
+    found = weakened_negatives(group, None, **JUDGES, threshold=1.0, eta="zero")
+    assert found[1].tolist() == [0.0, 1.0]  # 0.3 is above 0.242, not above 0.464
+
+
+def test_a_score_at_the_threshold_is_not_above_it():
+    group = measured([[0.25], [0.25, 0.5]], [1, 0])
+    weak = weakened_negatives(group, None, **JUDGES, threshold=1.0, eta="zero")
+    assert [f.tolist() for f in weak] == [[1.0], [1.0, 0.0]]
+    steer = steered(group, None, **JUDGES, threshold=1.0, steer=0.5, mask=True)
+    assert [f.tolist() for f in steer] == [[0.0], [0.0, 0.5]]
+
+
+def test_a_token_without_hidden_reward_is_not_steered():
+    group = measured([[0.5], [0.0, 1.0]], [1, 0])
+    found = steered(group, None, **JUDGES, threshold=0.0, steer=0.5, mask=False)
+    assert [f.tolist() for f in found] == [[1.5], [1.0, 0.5]]
+
+
+def test_an_outcome_at_the_bound_is_wrong():
+    group = measured([[1.0]] * 3, [0.5, 0.6, 0.4])
+    found = hidden_rewards.right_labels(group, None, weights={"answer": 1.0}, right_above=0.5)
+    assert found.tolist() == [0.0, 1.0, 0.0]

@@ -270,3 +270,10 @@ def test_the_kl_term_of_rebel_is_in_the_reward_and_needs_the_reference():
 
 def test_the_toy_batch_has_one_reward_per_answer():
     assert list(np.where(LABELS > 0, 1.0, 0.0)) == REWARDS
+
+
+@pytest.mark.parametrize(("pairs", "slope"), [("distinct", 0.4), ("all", 0.2)])
+def test_two_answers_are_regressed_on_each_other(pairs, slope):
+    # x = 0.5 - 1 and -0.2 - 0.2: -0.05 and 0.05 about their mean, times -4, twice for distinct
+    found = regressed([row(0.5, 1.0), row(-0.2, 0.2)], eta=1.0, pairs=pairs)
+    np.testing.assert_allclose(found, [slope, -slope], atol=1e-12)

@@ -207,6 +207,10 @@ def test_each_senseless_combination_is_refused_with_its_reason() -> None:
     assert "add Signal.REFERENCE" in _problems(replace(plain, penalties=(kl,)))
     needs = frozenset({Signal.REFERENCE})
     assert _problems(replace(plain, penalties=(kl,), needs=needs)) == ""
+    noise = Penalty(name="entropy", coefficient=-0.1, fn=penalties.entropy)
+    assert "add Signal.ENTROPY" in _problems(replace(plain, penalties=(noise,)))
+    needs = frozenset({Signal.ENTROPY})
+    assert _problems(replace(plain, penalties=(noise,), needs=needs)) == ""
     moving = replace(plain, reference_update=ReferenceUpdate(every=1, decay=0.5))
     assert "reference" in _problems(moving)
 

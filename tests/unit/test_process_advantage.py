@@ -288,6 +288,10 @@ def test_prime_keeps_prompts_of_middling_accuracy(mean, stays):
     if not stays:
         assert isinstance(found, Dropped)
         assert found.reason == "accuracy_out_of_range"
+    at_bounds = selection.drop_unless_accuracy_within(
+        group, None, scorer="answer", low=mean, high=mean
+    )
+    assert at_bounds is group  # the bounds belong to the range
 
 
 def test_prime_refuses_to_drop_everything():
@@ -340,3 +344,31 @@ def test_the_metrics_say_whether_the_process_scorer_likes_right_answers():
         [rewarded(scored([rollout(0, 2)], answer=[1.0]))], None, scorer="steps"
     )
     assert bare == {"process/mean_spans": 0, "process/frac_unjudged": 1}
+
+
+def test_equal_outcomes_are_worth_exactly_nothing_and_missing_ones_stay_missing():
+    found = process_advantage.leave_one_out_outcomes(np.array([0.3, np.nan, 0.3]))
+    np.testing.assert_array_equal(found, [0, np.nan, 0])
+    # 1, 0, 1/2 of three judged: 3/2 r - 3/4
+    found = process_advantage.leave_one_out_outcomes(np.array([1.0, 0.0, np.nan, 0.5]))
+    np.testing.assert_allclose(found, [0.75, -0.75, np.nan, 0.0])
+
+
+def test_answers_without_steps_or_without_an_outcome_are_in_no_correlation():
+    group = with_steps(
+        scored([rollout(i, 4) for i in range(5)], answer=[1.0, 0.0, None, 1.0, 0.0]),
+        (0, 0, 2, 0.4),
+        (0, 2, 4, 0.5),
+        (1, 0, 4, 0.1),
+        (2, 0, 4, 0.5),
+        (3, 0, 4, None),
+        (4, 0, 4, 0.5),
+    )
+    found = process_advantage.process_metrics([rewarded(group)], None, scorer="steps")
+    assert found == {
+        "process/mean_spans": 1.0,
+        "process/frac_unjudged": pytest.approx(1 / 5),
+        "process/mean_score": pytest.approx(0.4),
+        # sums 0.9, 0.1, 0.5 and outcomes 1, 0, 0: 0.4 / sqrt(0.32 * 2 / 3)
+        "process/outcome_correlation": pytest.approx(0.866025, abs=1e-6),
+    }

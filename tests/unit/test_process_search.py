@@ -393,3 +393,67 @@ def test_a_group_without_a_pair_leaves_no_row():
     assert pipeline.stage.collect(item, pipeline.initial_state) == ()
     metrics = pipeline.metrics[0]([item], pipeline.initial_state)
     assert metrics == {"pairs/mean": 0.0, "pairs/frac_without": 1.0}
+
+
+def test_the_rows_of_a_pair_are_numbered_masked_and_trained_after_the_train_context():
+    plain, hinted = rollout(0, 3), rollout(1, 2, context=5)
+    hinted = replace(hinted, train_context=np.array([7], np.int32))
+    group = scored([plain, hinted], group=3, answer=[1.0, 0.0])
+    better, worse = pairs.pair_rows(
+        group,
+        0,
+        1,
+        number=2,
+        doubt=0.25,
+        masks=[np.array([False, True, True]), np.array([True, False])],
+        pairs_per_update=4,
+    )
+    assert better.group == worse.group == 3 * pairs.PAIRS_PER_GROUP + 2
+    assert (better.index, worse.index) == (0, 1)
+    assert (better.context.tolist(), worse.context.tolist()) == ([0, 1], [7])
+    assert (better.is_cross_context, worse.is_cross_context) == (False, True)
+    assert (better.weights.tolist(), worse.weights.tolist()) == ([0, 0.25, 0.25], [0.25, 0])
+    assert (better.advantages.tolist(), worse.advantages.tolist()) == ([0.75] * 3, [-0.75] * 2)
+
+
+def test_of_a_step_only_what_the_policy_wrote_last_is_trained():
+    item = replace(rollout(0, 5, guidance=2), lineage=pieced(0, (0, 1), (1, 5)).lineage)
+    assert pairs._last_piece(item).tolist() == [False, False, True, True, True]
+    item = replace(item, lineage=pieced(0, (0, 3), (1, 5)).lineage)
+    assert pairs._last_piece(item).tolist() == [False, False, False, True, True]
+
+
+def test_an_answer_is_inconsistent_if_the_consistency_scorer_says_so():
+    group = scored([rollout(i, 3) for i in range(3)], answer=[1.0] * 3, logic=[0.0, None, 1.0])
+    for scorer, expected in (("logic", [False, True, True]), (None, [True] * 3)):
+        found = answer_quality.answer_qualities(
+            group,
+            right=np.ones(3, bool),
+            consistency_scorer=scorer,
+            ngram=2,
+            max_repetition=1.0,
+            min_tokens=3,
+        )
+        assert [item.is_consistent for item in found] == expected
+
+
+def test_a_search_of_depth_one_looks_into_the_chosen_steps_alone():
+    pipeline, group, _ = searched(1, search_depth=1)
+    chosen = search.searched(group, settings_of(pipeline)).chosen
+    parents = {tuple(p.id for p in item.lineage)[:-1] for item in group.rollouts}
+    assert len(parents) == len(chosen) - 1 > 1
+
+
+def test_metrics_of_a_search_are_those_of_its_pairs_and_its_answer():
+    pipeline, group, _ = searched(2)
+    (item,) = workings(pipeline, [group], None, num_updates=1).rewarded
+    settings = settings_of(pipeline)
+    found = search.search_metrics([item, item], None, settings=settings)
+    doubts = [pair.doubt for pair in search.step_pairs(group, settings)]
+    place = search.searched(group, settings).chosen[-1].place
+    assert doubts
+    assert found == {
+        "search/num_pairs": len(doubts),
+        "search/mean_doubt": pytest.approx(np.mean(doubts)),
+        "search/chosen_reward": pytest.approx(float(item.rewards[place])),
+    }

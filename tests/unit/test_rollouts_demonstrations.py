@@ -59,15 +59,22 @@ def test_the_policy_ends_a_solution_without_an_end_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("solution", "max_tokens", "is_given"),
-    [("right", 6, True), ("right", 5, False), ("", 9, False)],
+    ("solution", "end_token", "max_tokens", "is_given"),
+    [
+        ("right", 2, 6, True),
+        ("right", 2, 5, False),
+        ("", 2, 9, False),
+        # Without an end token the policy still needs one token to end it.
+        ("right", None, 6, True),
+        ("right", None, 5, False),
+    ],
 )
 def test_a_solution_that_is_missing_or_does_not_fit_is_not_given(
-    solution: str, max_tokens: int, is_given: bool
+    solution: str, end_token: int | None, max_tokens: int, is_given: bool
 ) -> None:
-    _, group = brought(solution, max_tokens=max_tokens)
+    _, group = brought(solution, max_tokens=max_tokens, end_token=end_token)
     assert len(group.rollouts) == 3
-    assert (group.rollouts[0].text == "right") is is_given
+    assert group.rollouts[0].text.startswith("right") is is_given
 
 
 def test_an_end_that_is_there_is_not_doubled() -> None:

@@ -66,6 +66,13 @@ def test_an_answer_whose_last_step_was_not_worth_taking_is_not_continued() -> No
     assert bad.finish_reason is FinishReason.LENGTH
 
 
+def test_all_complete_steps_are_judged_and_the_last_of_them_decides() -> None:
+    late = "+1\n+2\n-3\n-4\nok"
+    _, group, _, _ = brought([GOOD, late])
+    # After 10 tokens "+1", "+2" and "-3" are complete.
+    assert group.rollouts[1].text == late[:10]
+
+
 def test_patience_waits_for_more_steps_in_a_row() -> None:
     _, group, _, _ = brought([BAD, BAD], stop_patience=3, segment_tokens=3)
     # Complete after 12 tokens: +1, -2, -3. After 15 ("+1\n-2\n-3\n-4\nok" and the end) it is done.
@@ -94,8 +101,10 @@ def test_a_stopped_answer_that_does_not_come_to_an_end_is_asked_once() -> None:
 
 
 def test_a_stopped_answer_without_room_for_its_result_ends_where_it_is() -> None:
-    _, group, _, _ = brought([GOOD, BAD], stop_phrase="!", stop_room=12, max_tokens=20)
-    assert group.rollouts[1].text == BAD[:10]
+    # 10 tokens are written: a room of 10 just fits.
+    for room, text in ((10, BAD[:10] + "!ok"), (11, BAD[:10])):
+        _, group, _, _ = brought([GOOD, BAD], stop_phrase="!", stop_room=room, max_tokens=20)
+        assert group.rollouts[1].text == text
 
 
 def test_the_budget_ends_an_answer_as_ever() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from grpo.hints import ratio_scale
+from grpo.hints import hint_metrics, ratio_scale
+from grpo.pipeline import RewardedGroup
 from grpo.types import Group
 from orchestration.group_task import DroppedGroup, FinishedGroup
 from tests.unit.family_cases import halves, loss_and_gradient, points, rows_of
@@ -165,3 +166,39 @@ def test_without_a_column_it_is_dapo_without_its_length_rules() -> None:
 def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         halves("guide", **settings)
+
+
+def test_metrics_say_how_often_a_hint_was_needed_and_what_it_brought() -> None:
+    groups = [
+        cross_group([0.2, 1.0, 0.5, 0.25], [1, 0, 0, None]),
+        cross_group([0.5], [0]),
+        cross_group([0.55], [None]),
+        scored([rollout(0, 2), rollout(1, 3)], answer=[1.0, 0.0]),
+    ]
+    items = [
+        RewardedGroup(group=group, components=np.zeros((len(group.rollouts), 1)))
+        for group in groups
+    ]
+    found = hint_metrics(items, None, scorer="answer", is_scaled=True)
+    assert found == {
+        "hints/frac_groups": 0.75,
+        "hints/outcome_hinted": pytest.approx(1 / 6),  # 1/3 and 0; the third was not judged
+        "hints/outcome_plain": 0.5,
+        "hints/ratio_mean": pytest.approx(3 / 6),
+        "hints/ratio_scale": pytest.approx((0.85 + 0.5 + 0.55) / 3),
+    }
+    assert set(hint_metrics(items[2:3], None, scorer="answer", is_scaled=False)) == {
+        "hints/frac_groups"
+    }
+    assert hint_metrics(items[3:], None, scorer="answer", is_scaled=True) == {
+        "hints/frac_groups": 0.0,
+        "hints/outcome_plain": 0.5,
+    }
+
+
+def test_a_pooled_group_tells_what_the_hinted_answers_alone_earned() -> None:
+    hinted = cross_group([0.5, 0.5], [1, 0])
+    pooled = scored([*hinted.rollouts, rollout(2, 1)], answer=[1.0, 0.0, 0.0])
+    item = RewardedGroup(group=pooled, components=np.zeros((3, 1)))
+    found = hint_metrics([item], None, scorer="answer", is_scaled=False)
+    assert found == {"hints/frac_groups": 1.0, "hints/outcome_hinted": 0.5}

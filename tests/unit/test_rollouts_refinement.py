@@ -61,7 +61,7 @@ def test_only_refinements_are_trained_and_compared_with_each_other() -> None:
 
 
 def test_metrics_say_what_refining_brought() -> None:
-    pipeline, group, _ = refined(["", "++"], ["++", "+++"])
+    pipeline, group, _ = refined(["", "+", "++"], ["++", "+++"])
     from grpo.batch import build_batch
 
     metrics = build_batch(pipeline, [group], None, step=1, version=0, num_updates=1).metrics

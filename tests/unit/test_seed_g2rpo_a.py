@@ -101,6 +101,7 @@ def test_a_step_that_nothing_judged_changes_nothing():
     for rule in ("cycle3", "sliding"):
         pipeline = built(length_rule=rule)
         state = pipeline.adapt(pipeline.initial_state, rewarded(0.5), REPORT)
+        assert (state.recent, state.num_steps) == ((0.5,), 1)
         assert pipeline.adapt(state, rewarded(None), REPORT) == state
 
 
@@ -281,3 +282,16 @@ def test_equal_outcomes_teach_nothing_even_to_given_tokens():
 def test_settings_that_contradict_each_other_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         g2rpo_a.Config(**settings)
+
+
+def test_a_group_in_which_all_are_guided_separates_nothing():
+    pipeline, state = built(), GuidanceState(length=1)
+    guided = token_group([[1] * 4, [2] * 2], [1.0, 1.0], guidance=[1, 1])
+    found = build_batch(pipeline, [guided], state, step=1, version=0, num_updates=1).metrics
+    assert {name: value for name, value in found.items() if name.startswith("guidance/")} == {
+        "guidance/length": 1,
+        "guidance/tokens": 1,
+        "guidance/frac_guided": 1,
+        "guidance/outcome_guided": 1,
+        "guidance/frac_separating": 0,
+    }

@@ -344,3 +344,4 @@ def test_an_empty_completion_is_in_no_set_and_harms_nothing():
             assert [len(row.tokens) for row in update] == trained
             assert all(np.isfinite(row.weights).all() for row in update)
             assert all(np.isfinite(value) for value in built_batch.metrics.values())
+            assert built_batch.metrics["process_sets/mean_size"] == float(any(rows))

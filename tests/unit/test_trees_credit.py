@@ -253,6 +253,8 @@ def test_a_chain_that_begins_with_an_unlikely_token_is_compared_with_its_prompt(
 def test_a_chain_of_certain_tokens_has_no_cut_and_no_advantage():
     chain = probable(0.95, 0.99)
     assert cut_points.unlikely_cuts(chain, probability=0.9, interval=1) == ()
+    assert not cut_points.is_certain(probable(1.0, 0.5), probability=1.0).any()
+    assert cut_points.unlikely_cuts(probable(1.0, 0.5), probability=1.0, interval=1) == (1,)
     assert not chain_values.segment_gains((), [], final=1.0, length=2).any()
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from grpo import trees
+from grpo import tree_plans, trees
 from grpo.batch import build_batch
 from grpo.pipeline import Pipeline
 from grpo.types import FinishReason, Group, Origin
@@ -77,6 +77,24 @@ def test_a_uniform_tree_of_three_levels_has_27_leaves():
     assert {tuple(piece.end for piece in item.lineage) for item in group.rollouts} == {(5, 10, 24)}
     tree = trees.tree_of(group.rollouts)
     assert Counter(len(node.leaves) for node in tree.nodes) == {27: 1, 9: 3, 3: 9, 1: 27}
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_answers_that_end_early_make_a_uniform_tree_no_deeper(number):
+    group = grown(pipeline_of("spo_tree"), number=number, engine=TreeEngine(ends=0.1))
+    pieces = {trees.num_pieces(item) for item in group.rollouts}
+    assert min(pieces) < 3
+    assert max(pieces) == 3
+    for item in group.rollouts:
+        assert item.finish_reason is FinishReason.STOP or trees.num_pieces(item) == 3
+
+
+@pytest.mark.parametrize(
+    ("room", "num", "most", "expected"),
+    [(3, 2, 9, [2, 1]), (5, 2, 1, [1, 1]), (0, 3, 1, [0, 0, 0]), (8, 3, 3, [3, 3, 2])],
+)
+def test_room_is_handed_out_in_turn(room, num, most, expected):
+    assert tree_plans._in_turn(room, num, most=most) == expected
 
 
 def test_an_edge_of_a_uniform_tree_is_trained_once():
@@ -186,6 +204,9 @@ def test_a_chain_is_valued_by_continuations_that_nobody_trains_on():
     rows, metrics = rows_of(pipeline, group)
     assert {row.index for row in rows} <= {0, 1, 2}
     assert metrics["segments/num_continuations"] == len(group.rollouts) - 3
+    cuts = [np.flatnonzero(np.exp(r.log_probs) < 0.6)[::2] for r in group.rollouts[:3]]
+    assert metrics["segments/mean_cuts"] == pytest.approx(np.mean([len(cut) for cut in cuts]))
+    assert metrics["segments/reward"] == pytest.approx(np.mean(group.outcomes("answer")[:3]))
     for row in rows:
         likely = np.exp(row.behaviour_log_probs) > 0.6
         assert not row.weights[likely].any()

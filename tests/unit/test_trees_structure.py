@@ -102,6 +102,9 @@ def test_a_token_that_is_shared_is_trained_in_the_first_row_alone():
     without_first = partial(_only, places=(1, 2, 3))
     masks = trees.oldest_sharer_only(group, None, among=without_first)
     assert [int(mask.sum()) for mask in masks] == [0, 7, 5, 3]
+    by_last_token = [np.arange(r.num_tokens) == r.num_tokens - 1 for r in group.rollouts]
+    partly = trees.oldest_sharer_only(group, None, among=lambda group, state: by_last_token)
+    assert [int(mask.sum()) for mask in partly] == [5, 4, 5, 3]  # all rollouts are trained
 
 
 def _only(group, state, *, places):

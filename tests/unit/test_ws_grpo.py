@@ -205,6 +205,14 @@ def test_metrics_say_whether_the_preference_model_rewards_right_answers():
     assert built_step.metrics["step_preference/outcome_correlation"] == pytest.approx(
         np.corrcoef(means, RIGHT)[0, 1]
     )
+    # Without the judgements of two answers: means 0.5567 of a right and 0.6025 of a wrong one.
+    missing = {("answer", 1), ("preference", 2)}
+    scores = [
+        replace(s, value=None) if (s.scorer, s.span.rollout) in missing else s for s in group.scores
+    ]
+    partly = replace(group, scores=tuple(scores))
+    found = build_batch(pipeline, [partly], None, step=0, version=0, num_updates=1).metrics
+    assert found["step_preference/outcome_correlation"] == pytest.approx(-1)
     constant = a_group(outcomes=[1.0] * 4)
     found = build_batch(pipeline, [constant], None, step=0, version=0, num_updates=1).metrics
     assert "step_preference/outcome_correlation" not in found
