@@ -46,8 +46,16 @@ TEACHES_FROM_EQUAL_SCORES = {
     "raft_pp": "right answers are imitated, whatever the others are",
     "grpo_care": "right answers that are consistent get a bonus",
     "ws_grpo": "the number of steps outside of a range costs, however the steps were judged",
+    "dapo": "an answer that nears the limit of length costs",
+    "high_entropy": "an answer that nears the limit of length costs, as in dapo",
+    "gdpo": "its second reward is the length",
+    "rebel": "its reward has the KL term of each answer in it",
+    "unlikeliness": "of right answers the unlikely one earns more",
 }
-BREAKS_TIES_BY_PLACE = {"gfpo": "of answers of equal length, the first ones are kept"}
+BREAKS_TIES_BY_PLACE = {
+    "gfpo": "of answers of equal length, the first ones are kept",
+    "high_entropy": "of tokens of equal entropy, the first ones make the share full",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
