@@ -57,21 +57,25 @@ def serve_all(load: Callable[[], Functions]) -> None:
     try:
         functions = load()
     except UserError as error:
-        write_frame(replies, pickle.dumps(("user_error", str(error))))
+        write_frame(replies, pickle.dumps((0, "user_error", str(error))))
         return
-    write_frame(replies, pickle.dumps(("ready", "")))
+    write_frame(replies, pickle.dumps((0, "ready", "")))
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     reader = threading.Thread(target=_read, args=(requests, inbox), name="requests", daemon=True)
     reader.start()
+    own = os.getpid()
     while True:
-        answer = _answer(functions, *pickle.loads(inbox.get()))
-        write_frame(replies, pickle.dumps(answer, pickle.HIGHEST_PROTOCOL))
+        number, what, payload = pickle.loads(inbox.get())
+        answer = _answer(functions, what, payload)
+        if os.getpid() != own:
+            os._exit(0)  # a process that the function forked came back from it: not our answer
+        write_frame(replies, pickle.dumps((number, *answer), pickle.HIGHEST_PROTOCOL))
 
 
 def _answer(functions: Functions, what: str, payload: object) -> tuple[str, object]:
     try:
         return "answer", functions[what](payload)
-    except (Exception, SystemExit) as error:  # whatever the user's code raises is its failure
+    except BaseException as error:  # whatever the user's code raises is its failure
         return "failed", reason_of(error)
 
 

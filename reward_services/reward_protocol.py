@@ -70,7 +70,7 @@ def verdicts_in(body: bytes, num_expected: int) -> list[Verdict]:
     try:
         found = _unwrapped(json.loads(body))
         reply = _Reply.model_validate(found)
-    except (ValueError, ValidationError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: a hundred thousand "["
         raise BadInput(
             f"the server's reply is none of /get_reward: {_first_line(error)}; expected "
             '{"rewards": [one number each]}'

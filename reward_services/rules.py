@@ -15,8 +15,8 @@ from reward_services.config import AnswerRuleName, ScorerConfig
 
 # The ways in which data sets and models mark a final answer. `answer` must open a line or follow
 # a word ("the answer is 7"), so that `canswer` is none.
-_MARKED = re.compile(
-    r"(?:\banswer\s*(?:is\s*:?|[:=])|####)\**\s*(?P<line>[^\n]*)"
+_MARKER = re.compile(
+    r"(?:\banswer\s*(?:is\s*:?|[:=])|####)\**\s*"
     r"|\\boxed\{(?P<boxed>[^{}]*(?:\{[^{}]*\}[^{}]*)*)\}",
     re.IGNORECASE,
 )
@@ -53,14 +53,19 @@ def built_rule(config: ScorerConfig) -> Rule:
 
 
 def marked_answer(text: str) -> str | None:
-    """What follows the last marker: `"...\\nanswer: 42 apples"` -> `"42 apples"`."""
-    found = list(_MARKED.finditer(text))
-    if not found:
-        return None
-    last = found[-1]
-    if last["boxed"] is not None:
-        return last["boxed"].strip()
-    return marked_answer(last["line"]) or last["line"].strip()
+    """What follows the last marker that marks something; "" if none does, None without a marker.
+
+    `"...\\nanswer: 42 apples"` -> `"42 apples"`.
+    """
+    markers = list(_MARKER.finditer(text))
+    for marker in reversed(markers):
+        found = marker["boxed"]
+        if found is None:
+            end = text.find("\n", marker.end())
+            found = text[marker.end() : end if end >= 0 else None]
+        if found.strip():
+            return found.strip()
+    return "" if markers else None
 
 
 def stated_number(text: str) -> Fraction | None:

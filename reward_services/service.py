@@ -73,6 +73,7 @@ class ScorerService:
         self._known: OrderedDict[bytes, Verdict] = OrderedDict()  # the longest unused one first
         # What a model that learns said is not what it would say now.
         self._cache_size = 0 if config.learns else config.cache_size
+        self._under_way: dict[bytes, asyncio.Future[Verdict]] = {}  # others may wait for them
         self._pending: deque[_Request] = deque()
         self._num_pending = 0  # spans in them
         self._is_full = asyncio.Event()
@@ -145,10 +146,13 @@ class ScorerService:
             unknown = {span.rollout for span in new.values()}
             pairs = zip(keys, spans, strict=True)
             new = {key: span for key, span in pairs if span.rollout in unknown}
-        if new:
-            judged = await self._batched(_Request(group=group, spans=tuple(new.values())))
-            found |= dict(zip(new, judged, strict=True))
-        self.statistics.num_cached += len(spans) - len(new)
+        others = {key: self._under_way[key] for key in new if key in self._under_way}
+        mine = {key: span for key, span in new.items() if key not in others}
+        found |= await self._judged_for_all(group, mine)
+        found |= await _done(others)
+        given_up = {key: new[key] for key in others if key not in found}
+        found |= await self._judged_for_all(group, given_up)
+        self.statistics.num_cached += len(spans) - len(mine) - len(given_up)
         for key, verdict in found.items():
             if verdict.failure is None:
                 self._known[key] = verdict
@@ -156,6 +160,26 @@ class ScorerService:
         while len(self._known) > self._cache_size:
             self._known.popitem(last=False)
         return [found[key] for key in keys]
+
+    async def _judged_for_all(
+        self, group: Group, spans: Mapping[bytes, Span]
+    ) -> dict[bytes, Verdict]:
+        """Judge, and tell those who ask for the same meanwhile."""
+        if not spans:
+            return {}
+        loop = asyncio.get_running_loop()
+        mine = {key: loop.create_future() for key in spans if key not in self._under_way}
+        self._under_way |= mine
+        try:
+            judged = await self._batched(_Request(group=group, spans=tuple(spans.values())))
+            found = dict(zip(spans, judged, strict=True))
+            for key, wait in mine.items():
+                wait.set_result(found[key])
+            return found
+        finally:
+            for key, wait in mine.items():
+                del self._under_way[key]
+                wait.cancel()  # nothing happens to one that has its result
 
     def _keys(self, group: Group, spans: Sequence[Span]) -> list[bytes]:
         keys = span_keys(group, spans)
@@ -249,3 +273,10 @@ class ScorerService:
         for request in requests:
             request.verdicts = [next(rest) for _ in request.spans]
         return True
+
+
+async def _done(waits: Mapping[bytes, asyncio.Future[Verdict]]) -> dict[bytes, Verdict]:
+    """What was judged for other requests; without what those gave up."""
+    if waits:
+        await asyncio.wait(waits.values())
+    return {key: wait.result() for key, wait in waits.items() if not wait.cancelled()}

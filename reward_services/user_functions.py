@@ -121,7 +121,11 @@ def reason_of(error: BaseException) -> str:
     ours = Path(__file__).parent
     theirs = [f for f in frames if Path(f.filename).parent != ours and "asyncio" not in f.filename]
     place = f" ({Path(theirs[-1].filename).name}:{theirs[-1].lineno})" if theirs else ""
-    return f"{type(error).__name__}: {error}{place}"
+    try:
+        said = str(error)
+    except Exception:  # the user's own class may not be able to say it
+        said = "(its text cannot be read)"
+    return f"{type(error).__name__}: {said}{place}"
 
 
 def _verdict(value: object) -> Verdict:
@@ -150,11 +154,25 @@ def _as_list(result: object) -> list[object]:
 
 def _resolved(result: object) -> object:
     """Async functions work too; each call gets its own event loop."""
+    return _all_resolved([result])[0]
 
-    async def awaited() -> object:
-        return await result  # type: ignore[misc]  # inspected by the caller
 
-    return asyncio.run(awaited()) if inspect.isawaitable(result) else result
+def _all_resolved(results: list[object]) -> list[object]:
+    """What is awaitable is awaited at the same time: a remote judge answers all at once."""
+
+    async def awaited() -> list[object]:
+        waits = [r if inspect.isawaitable(r) else _already(r) for r in results]
+        return list(await asyncio.gather(*waits))
+
+    return asyncio.run(awaited()) if any(map(inspect.isawaitable, results)) else results
+
+
+async def _already(result: object) -> object:
+    return result
+
+
+def _ignored(*arguments: object, **named: object) -> None:
+    """Stands in for TRL's `log_metric` and `log_extra`: a scorer has no trainer's log."""
 
 
 def _trl(function: Function, batch: Batch) -> object:
@@ -167,6 +185,8 @@ def _trl(function: Function, batch: Batch) -> object:
     parameters, takes_all = _parameters(function)
     if takes_all or "completion_ids" in parameters:
         arguments["completion_ids"] = batch.completion_ids
+    # Only where they are asked for by name: what else comes in **kwargs are columns.
+    arguments |= {name: value for name, value in _OF_TRAINER.items() if name in parameters}
     if not takes_all:
         arguments = {k: v for k, v in arguments.items() if k in parameters}
     return _resolved(function(**arguments))
@@ -184,23 +204,29 @@ def _verl(function: Function, batch: Batch) -> object:
     nothing: list[object] = [None] * len(batch)
     sources = batch.columns.get("data_source", nothing)
     infos = batch.columns.get("extra_info", nothing)
-    values = []
-    for i, text in enumerate(batch.completion_texts):
-        result = _resolved(
+    results = _all_resolved(
+        [
             function(
                 data_source=sources[i],
                 solution_str=text,
                 ground_truth=batch.references[i],
                 extra_info=infos[i],
             )
-        )
-        values.append(result["score"] if isinstance(result, Mapping) else result)
-    return values
+            for i, text in enumerate(batch.completion_texts)
+        ]
+    )
+    return [result["score"] if isinstance(result, Mapping) else result for result in results]
 
 
+# There is no trainer where a scorer runs.
+_OF_TRAINER: dict[str, object] = {
+    "trainer_state": None,
+    "log_metric": _ignored,
+    "log_extra": _ignored,
+}
 _CALLS = {"trl": _trl, "openrlhf": _openrlhf, "verl": _verl}
 _GIVEN = {
-    "trl": ("prompts", "completions", "completion_ids"),
+    "trl": ("prompts", "completions", "completion_ids", *_OF_TRAINER),
     "openrlhf": ("queries", "prompts", "labels"),
     "verl": ("data_source", "solution_str", "ground_truth", "extra_info"),
 }

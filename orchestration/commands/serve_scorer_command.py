@@ -15,6 +15,8 @@ from orchestration.commands.arguments import parsed, recipe_parser
 from orchestration.commands.output import remark, say
 
 if TYPE_CHECKING:
+    from aiohttp.web import BaseSite
+
     from orchestration.config import Recipe
 
 
@@ -70,10 +72,22 @@ async def _serve(recipe: Recipe, options: argparse.Namespace, token: str) -> Non
         runner = web.AppRunner(server.app(), access_log=None)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        await web.TCPSite(runner, options.host, options.port).start()
+        await _listen(web.TCPSite(runner, options.host, options.port), options)
         host, port = runner.addresses[0][:2]
         say(f"serving {', '.join(scorers)} at http://{host}:{port}/get_reward")
         await _stop_signal()
+
+
+async def _listen(site: BaseSite, options: argparse.Namespace) -> None:
+    from grpo.errors import UserError
+
+    try:
+        await site.start()
+    except (OSError, OverflowError) as error:  # OverflowError: a port above 65,535
+        raise UserError(
+            f"cannot listen on {options.host}:{options.port}: {error}; name another with --host "
+            "and --port (port 0: any that is free)"
+        ) from error
 
 
 def _label_columns(recipe: Recipe) -> list[str]:

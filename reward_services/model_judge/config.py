@@ -15,7 +15,7 @@ from grpo.types import DType
 
 Reference = Literal["solution", "answer", "withheld"]
 
-FIELDS = ("problem", "reference", "steps", "num_steps")
+FIELDS = ("problem", "reference", "steps", "answer", "num_steps")
 FIELD = re.compile(r"\{([a-z_]+)\}")  # other braces, as those of JSON, are text
 
 _TASK = """You check the steps of a student's solution, one after the other.
@@ -77,6 +77,21 @@ class EndpointConfig(Schema):
     )
 
 
+class Turn(Schema):
+    """One message of a question that is a conversation."""
+
+    role: Literal["user", "assistant"] = Field(description="who says it")
+    content: str = Field(description="with the same fields as a prompt that is one text")
+
+
+Template = str | tuple[Turn, ...]  # a text is one message of the user
+
+
+def turns_of(template: Template) -> tuple[Turn, ...]:
+    """The messages of a prompt, whichever way it is written."""
+    return (Turn(role="user", content=template),) if isinstance(template, str) else template
+
+
 class ModelJudgeConfig(Schema):
     """A model that reads numbered steps and names the first wrong one (SGPO, arXiv:2505.11595)."""
 
@@ -89,10 +104,11 @@ class ModelJudgeConfig(Schema):
     )
     solution_column: str = Field("solution", description="the data set's column with the solution")
     system: str | None = Field(None, description="the system message; null: none")
-    prompt: str | None = Field(
+    prompt: Template | None = Field(
         None,
         description="the question, with the fields {problem}, {reference}, {steps} (numbered from "
-        "1) and {num_steps}; null: that of a model from covey judge train, else a general one",
+        "1), {answer} (the steps as they stand) and {num_steps}: a text, or a list of messages "
+        "{role, content}; null: that of a model from covey judge train, else a general one",
     )
     max_reply_tokens: int = Field(
         64, ge=1, description="more are cut off; a server's model that reasons needs room for it"
@@ -100,15 +116,19 @@ class ModelJudgeConfig(Schema):
 
     @field_validator("prompt")
     @classmethod
-    def _has_known_fields(cls, value: str | None) -> str | None:
-        found = set(FIELD.findall(value or ""))
+    def _has_known_fields(cls, value: Template | None) -> Template | None:
+        if value is None:
+            return None
+        found = _fields(value)
         if unknown := found - set(FIELDS):
             raise ValueError(
                 f"found the field {{{min(unknown)}}}; expected {{problem}}, {{reference}}, "
-                "{steps} or {num_steps}"
+                "{steps}, {answer} or {num_steps}"
             )
-        if value is not None and not {"problem", "steps"} <= found:
-            raise ValueError("a judge has to be told the {problem} and the {steps}")
+        if "problem" not in found or not found & {"steps", "answer"}:
+            raise ValueError("a judge has to be told the {problem} and the {steps} or {answer}")
+        if turns_of(value)[-1].role != "user":
+            raise ValueError("the last message is the assistant's, and the judge is to reply to it")
         return value
 
     @model_validator(mode="after")
@@ -125,10 +145,14 @@ class ModelJudgeConfig(Schema):
     def _prompt_fits_the_reference(self) -> Self:
         if self.prompt is None:
             return self
-        is_asked = "reference" in FIELD.findall(self.prompt)
+        is_asked = "reference" in _fields(self.prompt)
         if is_asked == (self.reference == "withheld"):
             raise ValueError(
                 f"reference is {self.reference}, but the prompt has "
                 f"{'a' if is_asked else 'no'} field {{reference}}: change one of the two"
             )
         return self
+
+
+def _fields(template: Template) -> set[str]:
+    return {field for turn in turns_of(template) for field in FIELD.findall(turn.content)}

@@ -83,14 +83,27 @@ class EndpointBackend:
                     **fields,
                     extra_body=dict(self._endpoint.extra),
                 )
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, ValueError, RecursionError) as error:  # no JSON is a ValueError
             return Reply(text=None, failure=f"{self._endpoint.url}: {_reason(error)}")
-        # A server that answers with something else is read as far as it can be.
-        choices = completion.choices
-        return Reply(text=(choices[0].message.content or "") if choices else "")
+        return _reply(completion, self._endpoint.url)
 
 
-def _reason(error: openai.OpenAIError) -> str:
+def _reply(completion: object, url: str) -> Reply:
+    """What the model said. The client checks no types: a server may have sent anything at all."""
+    try:
+        message = completion.choices[0].message  # type: ignore[attr-defined]
+        content, refusal = message.content, getattr(message, "refusal", None)
+    except (AttributeError, IndexError, TypeError, KeyError):
+        said = getattr(completion, "error", None) or completion
+        return Reply(text=None, failure=f"{url} sent no chat completion: {str(said)[:300]!r}")
+    if content is None and refusal:
+        return Reply(text=None, failure=f"{url}: the model refused: {str(refusal)[:300]!r}")
+    if content is not None and not isinstance(content, str):
+        return Reply(text=None, failure=f"{url} sent content that is no text: {content!r:.300}")
+    return Reply(text=content or "")
+
+
+def _reason(error: Exception) -> str:
     """What went wrong, in one line."""
     hint = ""
     if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from reward_services.asked_rollouts import AskedRollout, AskedRollouts, asked_rollouts
 from reward_services.batches import Item
-from reward_services.model_judge.config import ModelJudgeConfig
+from reward_services.model_judge.config import ModelJudgeConfig, Template
 from reward_services.model_judge.questions import (
     Question,
     Reply,
@@ -31,7 +31,7 @@ _TRIES = 2
 class Backend(Protocol):
     """What answers questions."""
 
-    async def start(self) -> str:
+    async def start(self) -> Template:
         """Get ready, and say which prompt to use where the recipe has none."""
         ...
 
@@ -81,7 +81,7 @@ class ModelJudge:
         self._config = config
         self._backend = backend
         self._deadline_s = deadline_s
-        self._template: str | None = config.prompt
+        self._template: Template | None = config.prompt
 
     async def start(self) -> None:
         prompt = await self._backend.start()

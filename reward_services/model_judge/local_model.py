@@ -19,6 +19,9 @@ from reward_services.model_judge.config import (
     LocalModelConfig,
     ModelJudgeConfig,
     Reference,
+    Template,
+    Turn,
+    turns_of,
 )
 from reward_services.model_judge.questions import Question, Reply
 
@@ -46,7 +49,7 @@ class LocalBackend:
             start_deadline_s=config.model.start_deadline_s,
         )
 
-    async def start(self) -> str:
+    async def start(self) -> Template:
         path = self._model.path
         if path.startswith((".", "/")) and not Path(path).is_dir():
             raise UserError(
@@ -74,7 +77,7 @@ class LocalBackend:
         await asyncio.to_thread(self._process.kill)
 
 
-def trained_prompt(path: str, reference: Reference) -> str:
+def trained_prompt(path: str, reference: Reference) -> Template:
     """The prompt that a model was trained with, else a general one.
 
     UserError if it was trained with another reference than the recipe gives it.
@@ -89,12 +92,13 @@ def trained_prompt(path: str, reference: Reference) -> str:
             f"judge.reference is {reference}, but the judge in {path} was trained with "
             f"{facts['reference']}: set judge.reference: {facts['reference']}, or train another"
         )
-    return str(facts["prompt"])
+    return tuple(Turn.model_validate(turn) for turn in facts["prompt"])
 
 
-def write_trained_prompt(folder: Path, *, prompt: str, reference: Reference) -> None:
+def write_trained_prompt(folder: Path, *, prompt: Template, reference: Reference) -> None:
     """What `trained_prompt` reads."""
-    facts = {"prompt": prompt, "reference": reference}
+    turns = [turn.model_dump() for turn in turns_of(prompt)]
+    facts = {"prompt": turns, "reference": reference}
     (folder / JUDGE_FILE).write_text(json.dumps(facts, indent=2) + "\n")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from grpo.types import Prompt
-from reward_services.model_judge.config import FIELD, ModelJudgeConfig
+from reward_services.model_judge.config import FIELD, ModelJudgeConfig, Template, turns_of
 
 KEY = "first_wrong_step"
 
@@ -79,7 +79,7 @@ def question(
     *,
     problem: str,
     reference: str | None,
-    template: str,
+    template: Template,
     system: str | None = None,
 ) -> Question:
     """Fill the template in; a field inside a field's text stays as it is."""
@@ -87,11 +87,14 @@ def question(
         "problem": problem.strip(),
         "reference": "" if reference is None else reference.strip(),
         "steps": numbered(text, ends),
+        "answer": text.strip(),
         "num_steps": str(len(ends)),
     }
-    asked = {"role": "user", "content": FIELD.sub(lambda found: values[found[1]], template)}
-    before = [] if system is None else [{"role": "system", "content": system}]
-    return Question(messages=(*before, asked), num_steps=len(ends))
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for turn in turns_of(template):
+        content = FIELD.sub(lambda found: values[found[1]], turn.content)
+        messages.append({"role": turn.role, "content": content})
+    return Question(messages=tuple(messages), num_steps=len(ends))
 
 
 def too_long(num_tokens: int, room: int) -> str:
@@ -122,7 +125,7 @@ def first_wrong_step(reply: str, num_steps: int) -> int | None:
     """The step that a reply names, from 1; None: no step is wrong. ValueError: it says neither."""
     try:
         found = json.loads(reply)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: a hundred thousand "["
         raise ValueError(f"the judge's reply {reply!r:.200} is no JSON") from error
     if not isinstance(found, dict) or list(found) != [KEY]:
         raise ValueError(f"the judge's reply {reply!r:.200} is no object with {KEY!r} alone")

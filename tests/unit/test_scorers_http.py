@@ -106,6 +106,42 @@ def test_an_overloaded_server_is_asked_again() -> None:
     assert (score.value, answers) == (1.0, [])
 
 
+@pytest.mark.parametrize(("status", "tries"), [(503, 3), (401, 1), (404, 1), (400, 3)])
+def test_retries_are_counted_once(status: int, tries: int) -> None:
+    """A server in trouble is asked again after a pause, a group's own trouble group by group."""
+    asked = 0
+
+    async def handler(request: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        return web.Response(status=status, headers={"Retry-After": "0"})
+
+    (score,) = scores_from(handler, ["12"], retries=2)
+    assert (score.value, asked) == (None, tries)
+
+
+def test_a_server_may_say_how_long_to_wait() -> None:
+    answers = [429, 200]
+    times: list[float] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        times.append(asyncio.get_running_loop().time())
+        headers = {"Retry-After": "1"}
+        return web.json_response({"rewards": [1.0]}, status=answers.pop(0), headers=headers)
+
+    (score,) = scores_from(handler, ["12"])
+    assert score.value == 1.0
+    assert times[1] - times[0] >= 1.0
+
+
+def test_a_reply_too_deep_to_read_is_a_failure() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(body=b"[" * 200_000)
+
+    (score,) = scores_from(handler, ["12"], retries=0)
+    assert "none of /get_reward" in str(score.failure)
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 302, 503])
 def test_a_refusal_is_a_failure_that_names_the_status(status: int) -> None:
     (score,) = scores_from(reply({"rewards": [1.0]}, status), ["12"], retries=0)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from grpo.errors import UserError
 from grpo.types import Group, Score, Span
 from reward_services.config import ScorerConfig
-from reward_services.model_judge.config import ModelJudgeConfig
+from reward_services.model_judge.config import ModelJudgeConfig, Turn
 from reward_services.model_judge.local_model import trained_prompt, write_trained_prompt
 from reward_services.model_judge.questions import (
     first_wrong_step,
@@ -171,6 +171,29 @@ def test_a_server_is_asked_in_openais_protocol_with_a_schema(
     assert (counters["num_questions"], counters["num_unreadable_replies"]) == (1, 0)
 
 
+def test_a_question_can_be_a_conversation() -> None:
+    questions = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        questions.append((await request.json())["messages"])
+        return await reply('{"first_wrong_step": 2}')(request)
+
+    turns = [
+        {"role": "user", "content": "{problem}"},
+        {"role": "assistant", "content": "{answer}"},
+        {"role": "user", "content": "Which of {num_steps}? {reference}"},
+    ]
+    asked(handler, system="You are strict.", prompt=turns)
+    assert questions == [
+        [
+            {"role": "system", "content": "You are strict."},
+            {"role": "user", "content": "7 +5"},
+            {"role": "assistant", "content": TEXT},
+            {"role": "user", "content": f"Which of 3? {SOLUTION}"},
+        ]
+    ]
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -186,6 +209,42 @@ def test_a_reply_that_cannot_be_read_twice_is_no_score_and_counted(content: str 
     assert [(score.value, score.failure) for score in scores] == [(None, None)] * 3
     assert counters["num_replies"] == counters["num_unreadable_replies"] == 2
     assert counters["num_unread_questions"] == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("<html>log in</html>", "log in"),
+        ("", "JSONDecodeError"),
+        ("[1]", "no chat completion"),
+        ("null", "no chat completion"),
+        ('"text"', "no chat completion"),
+        ("[" * 200_000, "RecursionError"),
+        ('{"error": {"message": "model not found"}}', "model not found"),
+        ('{"choices": []}', "no chat completion"),
+        ('{"choices": [{"index": 0}]}', "no chat completion"),
+        ('{"choices": [{"message": null}]}', "no chat completion"),
+        ('{"choices": [{"message": {"content": 7}}]}', "no text: 7"),
+        ('{"choices": [{"message": {"content": [{"text": "a"}]}}]}', "no text"),
+        ('{"choices": [{"message": {"content": null, "refusal": "never"}}]}', "refused: 'never'"),
+    ],
+)
+def test_what_is_no_chat_completion_is_a_failure_with_the_servers_words(
+    body: str, said: str
+) -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        kind = "text/html" if body.startswith("<") else "application/json"
+        return web.Response(text=body, content_type=kind)
+
+    scores, _ = asked(handler)
+    assert {score.value for score in scores} == {None}
+    assert all(said in str(score.failure) for score in scores), scores[0].failure
+
+
+def test_a_reply_too_deep_to_read_is_no_score() -> None:
+    scores, counters = asked(reply("[" * 200_000))
+    assert {(score.value, score.failure) for score in scores} == {(None, None)}
+    assert counters["num_unreadable_replies"] == 2
 
 
 def test_a_second_reply_may_be_better() -> None:
@@ -311,6 +370,16 @@ def test_a_key_that_is_not_set_is_the_users_error() -> None:
             },
             "a field {reference}",
         ),
+        (
+            {
+                "model": {"path": "m"},
+                "prompt": [
+                    {"role": "user", "content": "{problem} {reference}"},
+                    {"role": "assistant", "content": "{answer}"},
+                ],
+            },
+            "the last message is the assistant's",
+        ),
         ({"endpoint": {"url": "judge:80", "model": "m"}}, "pattern"),
     ],
 )
@@ -324,7 +393,12 @@ def test_a_trained_judge_brings_its_prompt_and_refuses_another_reference(
 ) -> None:
     assert "{reference}" in trained_prompt(str(tmp_path), "solution")  # the general one
     assert "{reference}" not in trained_prompt(str(tmp_path), "withheld")
-    write_trained_prompt(tmp_path, prompt="{problem}{reference}{steps}", reference="solution")
-    assert trained_prompt(str(tmp_path), "solution") == "{problem}{reference}{steps}"
+    written = (
+        Turn(role="user", content="{problem}"),
+        Turn(role="assistant", content="{answer}"),
+        Turn(role="user", content="{reference}"),
+    )
+    write_trained_prompt(tmp_path, prompt=written, reference="solution")
+    assert trained_prompt(str(tmp_path), "solution") == written
     with pytest.raises(UserError, match="was trained with solution"):
         trained_prompt(str(tmp_path), "withheld")

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from reward_services.config import ScorerConfig
 from reward_services.form_rules import FormRule, built_form_rule
-from reward_services.rules import built_rule
+from reward_services.rules import built_rule, marked_answer
 
 
 def _numeric(**options: object) -> ScorerConfig:
@@ -175,3 +175,20 @@ def test_a_setting_that_would_be_ignored_is_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         ScorerConfig.model_validate({"name": "answer", **settings})
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("answer: " * 20_000, "answer:"),  # no recursion, and no quadratic time
+        ("the answer is " * 20_000 + "7", "7"),
+        ("answer: 5\nanswer:", "5"),
+        ("answer: the answer is 7", "7"),
+        ("\\boxed{7}\nanswer: ", "7"),
+        ("answer:\n 5", "5"),
+        ("answer:", ""),
+        ("none", None),
+    ],
+)
+def test_the_last_marker_that_marks_something_counts(text, answer):
+    assert marked_answer(text) == answer

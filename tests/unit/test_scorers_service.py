@@ -88,6 +88,71 @@ def reward(queries, prompts, labels):
         assert _values(scores) == [1.0, 0.0]
 
 
+def test_async_verl_calls_run_at_the_same_time(tmp_path: Path) -> None:
+    source = """
+import asyncio
+together = []
+async def reward(data_source, solution_str, ground_truth, extra_info=None):
+    together.append(solution_str)
+    for _ in range(1000):
+        if len(together) == 2:
+            return 1.0
+        await asyncio.sleep(0.001)
+    return 0.0
+"""
+    (scores,) = asyncio.run(_scored(_config(tmp_path / "r.py", source), written_group(["a", "b"])))
+    assert _values(scores) == [1.0, 1.0]
+
+
+def test_a_trl_function_that_asks_for_the_trainers_log_gets_one(tmp_path: Path) -> None:
+    source = """
+def reward(completions, trainer_state, log_metric, log_extra, **kwargs):
+    log_metric("mine", 1.0); log_extra("seen", completions)
+    assert trainer_state is None and "log_metric" not in kwargs
+    return [1.0]
+"""
+    (scores,) = asyncio.run(_scored(_config(tmp_path / "r.py", source), written_group(["a"])))
+    assert _values(scores) == [1.0]
+
+
+def test_what_others_are_asking_already_is_judged_once(tmp_path: Path) -> None:
+    source = f"""
+def reward(completions, **kwargs):
+    open({str(tmp_path / "calls")!r}, "a").write(",".join(completions) + "\\n")
+    return [float(c) for c in completions]
+"""
+    config = _config(tmp_path / "r.py", source, max_wait_ms=200, batch_size=64)
+    groups = [written_group(["1", "2"]), written_group(["2", "3"]), written_group(["1", "2"])]
+    found = asyncio.run(_scored(config, *groups))
+    assert [_values(scores) for scores in found] == [[1, 2], [2, 3], [1, 2]]
+    asked = (tmp_path / "calls").read_text().replace("\n", ",").strip(",").split(",")
+    assert sorted(asked) == ["1", "2", "3"]
+
+
+def test_who_waits_for_a_call_that_is_given_up_judges_for_itself(tmp_path: Path) -> None:
+    source = """
+def reward(completions, **kwargs):
+    while "hang" in completions:
+        pass
+    return [float(c) for c in completions]
+"""
+
+    async def scored() -> list[Score]:
+        service = ScorerService(_config(tmp_path / "r.py", source, batch_size=64, max_wait_ms=0))
+        await service.start()
+        both, one = written_group(["7", "hang"]), written_group(["7"])
+        first = asyncio.create_task(service.score(both, whole(both)))
+        await asyncio.wait([first], timeout=0.2)
+        second = asyncio.create_task(service.score(one, whole(one)))
+        await asyncio.wait([second], timeout=0.2)
+        first.cancel()
+        found = await second
+        await service.close()
+        return found
+
+    assert _values(asyncio.run(scored())) == [7.0]
+
+
 def test_none_is_not_applicable_and_no_failure(tmp_path: Path) -> None:
     source = "def reward(completions, **kwargs): return [None, 1]"
     (scores,) = asyncio.run(_scored(_config(tmp_path / "r.py", source), written_group(["a", "b"])))
