@@ -1,4 +1,4 @@
-"""What VeriPO's check finds in an answer besides its outcome: consistency, repetition, length.
+"""What VerIPO's check finds in an answer besides its outcome: consistency, repetition, length.
 
 After arXiv:2505.19000; which thresholds the paper has was not found. Refuses to know pairs. Shapes:
 G rollouts in a group.

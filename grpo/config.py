@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Schema(BaseModel):
@@ -24,7 +24,13 @@ class AlgorithmConfig(Schema):
     kl_estimator: Literal["k2", "k3", "k3_plus", "k3_unbiased"] = Field(
         "k3",
         description="per-token estimate of KL(policy || reference); k1 is absent because as a "
-        "loss its gradient has mean zero",
+        "loss its gradient has mean zero: see kl_in_reward",
+    )
+    kl_in_reward: float = Field(
+        0.0,
+        ge=0,
+        description="coefficient of k1, log policy - log reference, taken off the reward; needs "
+        "the reference model. Beside it beta is a second KL term: set it to 0",
     )
     correction: Literal["tis", "mis"] = Field(
         "tis",
@@ -63,6 +69,17 @@ class AlgorithmConfig(Schema):
         description="drop groups whose best answer is not better than their worst by more than "
         "this, and sample others instead (arXiv:2404.14367); null: off",
     )
+
+    @field_validator("kl_estimator", mode="before")
+    @classmethod
+    def _is_a_loss(cls, value: object) -> object:
+        if value in ("k1", "kl"):  # verl's two names
+            raise ValueError(
+                f"found {value!r}, log policy - log reference, whose gradient as a loss has mean "
+                "zero and so pulls nowhere: set k2 (the gradient of the reverse KL) or k3, or put "
+                "k1 into the reward with kl_in_reward, and beta: 0"
+            )
+        return value
 
     @model_validator(mode="after")
     def _bounds_belong_to_the_correction(self) -> Self:

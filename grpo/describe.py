@@ -11,6 +11,7 @@ from functools import partial
 
 from grpo.objective import Learnable, Measure, Objective, Penalty, ReferenceUpdate
 from grpo.pipeline import Measured, Pipeline, Reward, Stage
+from grpo.rewards import weighted_outcome
 
 
 def described(pipeline: Pipeline, objective: Objective) -> list[tuple[str, list[str]]]:
@@ -42,8 +43,15 @@ def call_text(fn: Callable[..., object]) -> str:
 
 
 def term_names(rewards: Sequence[Reward]) -> list[str]:
-    """A scorer's term is called as the scorer, any other as its function."""
-    return [_term_name(reward) for reward in rewards]
+    """As in the metrics: a scorer's own term is called as the scorer, any other as its function.
+
+    Two terms of one function are told apart by the scorer that they read, or by their place.
+    """
+    names = [_term_name(reward) for reward in rewards]
+    for place, reward in enumerate(rewards):
+        if names.count(names[place]) > 1:
+            names[place] += f"({_scorer(reward) or place})"
+    return names
 
 
 def purpose(fn: Callable[..., object]) -> str:
@@ -55,10 +63,19 @@ def purpose(fn: Callable[..., object]) -> str:
 
 
 def _term_name(reward: Reward) -> str:
-    if not isinstance(reward, partial):
-        return reward.__name__
-    scorer = reward.keywords.get("scorer")
-    return scorer if isinstance(scorer, str) else _term_name(reward.func)
+    function: object = reward
+    while isinstance(function, partial):
+        function = function.func
+    return (
+        (_scorer(reward) or "")
+        if function is weighted_outcome
+        else str(getattr(function, "__name__", function))
+    )
+
+
+def _scorer(reward: Reward) -> str | None:
+    scorer = reward.keywords.get("scorer") if isinstance(reward, partial) else None
+    return scorer if isinstance(scorer, str) else None
 
 
 def _lines(value: object) -> list[str]:

@@ -41,7 +41,7 @@ def solved_last_time(prompt: Prompt, state: State) -> str | None:
 def some_solved_last_time(
     prompt: Prompt, state: State, *, share: float, round_steps: int
 ) -> str | None:
-    """Skip this share of the prompts whose answers were all right the last time (VeriPO).
+    """Skip this share of the prompts whose answers were all right the last time (VerIPO).
 
     Which of them depends on the prompt and on the round, of `round_steps` steps, alone.
     """

@@ -53,7 +53,7 @@ def answer_pair_rows(
     min_tokens: int,
     pairs_per_update: int,
 ) -> tuple[TrainRow, ...]:
-    """VeriPO's pairs of a group: a good answer against a bad and against an inconsistent one."""
+    """VerIPO's pairs of a group: a good answer against a bad and against an inconsistent one."""
     qualities = answer_qualities(
         item.group,
         right=total_outcome(item.group, weights=outcomes) > 0,
@@ -89,7 +89,7 @@ def pair_metrics(
 
 
 def answer_pairs(group: Group, qualities: Sequence[Quality]) -> tuple[tuple[int, int], ...]:
-    """(better, worse) of each family that has both sides; VeriPO, arXiv:2505.19000, reconstructed.
+    """(better, worse) of each family that has both sides; VerIPO, arXiv:2505.19000, reconstructed.
 
     Better: right, consistent, not repetitive, within the limits, the longest such answer. Worse: of
     the penalty family the lowest in rank (wrong, then inconsistent, then repetitive or too short

@@ -87,6 +87,9 @@ def parsed_algorithm(name: str, overrides: Sequence[str]) -> AlgorithmConfig:
     data: Data = {"algorithm": {"name": name}}
     problems: list[str] = []
     for override in overrides:
+        if override.partition("=")[0].strip() in ("name", "algorithm.name"):
+            problems.append(f"--set {override}: the algorithm is {name}; name another in its place")
+            continue
         path = override if override.startswith("algorithm.") else f"algorithm.{override}"
         _apply(path, data, [], problems, {})
     choice = _algorithm(data, {}, problems)

@@ -119,6 +119,8 @@ def _text(path: Path | str) -> tuple[str, str]:
         return file.name, file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no text ({error}); expected JSON in UTF-8") from error
 
 
 def _values(name: str, text: str) -> list[Json]:
@@ -231,9 +233,13 @@ def _message(name: str, error: ValidationError, *, single: bool) -> str:
     settings = paths_of(BatchInput)
     # Who wrote one group need not know that it became a list.
     shown = "groups.0" if single else "\0"
+    details = error.errors()
+    # A list whose members are wrong is reported as too short, too.
+    inner = {detail["loc"][:end] for detail in details for end in range(len(detail["loc"]))}
     lines = [
         line.removeprefix(shown).lstrip(".: ")
-        for detail in error.errors()
+        for detail in details
+        if not (detail["type"] == "too_short" and detail["loc"] in inner)
         for line in described(".".join(map(str, detail["loc"])), dict(detail), settings)
     ]
     problems = list(dict.fromkeys(lines))

@@ -12,6 +12,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from grpo.config import Schema
 
+LOG_PROB_BOUNDS = (-1e5, 1e-3)
 PerToken = float | tuple[float, ...]  # one number for all tokens, or one per token
 # Null: the stream does not apply to the token.
 Measured = float | tuple[float | None, ...] | None
@@ -107,6 +108,8 @@ class RolloutInput(Schema):
         for name, values in streams.items():
             if isinstance(values, tuple) and len(values) != size:
                 raise ValueError(f"{name} has {len(values)} entries, but there are {size} tokens")
+        for name in (name for name in _PER_TOKEN if name.endswith("log_probs")):
+            _refuse_what_is_no_log_prob(name, streams[name])
         if self.num_guidance_tokens > size:
             raise ValueError(f"num_guidance_tokens is {self.num_guidance_tokens} of {size} tokens")
         if self.lineage and self.lineage[-1].end != size:
@@ -115,6 +118,20 @@ class RolloutInput(Schema):
                 "number of tokens"
             )
         return self
+
+
+def _refuse_what_is_no_log_prob(name: str, values: PerToken | None) -> None:
+    """Round-off above 0 is let through; exp() of what is far below 0 is 0 long before."""
+    if values is None:
+        return
+    low, high = LOG_PROB_BOUNDS
+    numbers = values if isinstance(values, tuple) else (values,)
+    for place, value in enumerate(numbers):
+        if not low <= value <= high:
+            raise ValueError(
+                f"{name}.{place} is {value:g}; expected the natural logarithm of a probability, "
+                f"from {low:g} to 0"
+            )
 
 
 _PER_TOKEN = (

@@ -13,7 +13,12 @@ from pydantic import Field, SerializeAsAny, model_serializer, model_validator
 
 from grpo import combinations
 from grpo.algorithms import Algorithm
-from grpo.algorithms.user_file import composition_problems, found_algorithm, is_file_name
+from grpo.algorithms.user_file import (
+    composition_problems,
+    found_algorithm,
+    is_file_name,
+    theirs_is_told,
+)
 from grpo.config import AlgorithmConfig, Schema
 from grpo.errors import UserError
 from grpo.types import Sampling
@@ -291,13 +296,14 @@ def _algorithm_problems(recipe: Recipe) -> Iterator[str]:
     """What is wrong with the algorithm's points together, and a user's own ones each alone."""
     choice = recipe.algorithm
     try:
-        pipeline = choice.algorithm.pipeline(
-            choice.settings,
-            outcomes=recipe.weights,
-            max_completion_length=recipe.sampling.max_completion_length,
-        )
-        objective = choice.algorithm.objective(choice.settings)
-    except ValueError as error:
+        with theirs_is_told(choice.name, "cannot be built"):
+            pipeline = choice.algorithm.pipeline(
+                choice.settings,
+                outcomes=recipe.weights,
+                max_completion_length=recipe.sampling.max_completion_length,
+            )
+            objective = choice.algorithm.objective(choice.settings)
+    except (ValueError, UserError) as error:
         yield str(error)
         return
     problems = list(composition_problems(pipeline, objective)) if is_file_name(choice.name) else []

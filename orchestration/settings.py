@@ -36,6 +36,9 @@ def is_setting(path: str, data: Mapping[str, Any]) -> bool:
     return _starred(path) in all_settings(data)
 
 
+MAX_SHOWN = 300  # characters of a value in a message
+
+
 def paths_of(model: type[BaseModel]) -> tuple[str, ...]:
     """Every dotted path of a schema; `*` stands for a list index."""
     return tuple(_paths(model, ()))
@@ -47,11 +50,17 @@ def described(path: str, detail: Mapping[str, Any], settings: Sequence[str]) -> 
     if kind == "extra_forbidden":
         return [f"{path}: unknown setting; {_suggestion(path, settings)}"]
     if kind == "missing":
-        return [f"{path}: missing; it has no default, so the recipe must set it"]
+        return [f"{path}: missing; it has no default, so it must be set"]
     if kind == "value_error":
         lines = str(detail["ctx"]["error"]).split("\n")
         return [f"{path}: {line}" if path else line for line in lines]
-    return [f"{path}: found {found!r}; {_expected(detail['msg'])}"]
+    return [f"{path}: found {shown(found)}; {_expected(detail['msg'])}"]
+
+
+def shown(found: object) -> str:
+    """A value as its author wrote it, cut off where nobody would read on."""
+    text = repr(found)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
 
 
 def _suggestion(path: str, settings: Sequence[str]) -> str:

@@ -62,7 +62,7 @@ from grpo.algorithms import (
     ws_grpo,
 )
 from grpo.algorithms.algorithm import Algorithm, Certainty, Kind
-from grpo.algorithms.options import with_knobs
+from grpo.algorithms.options import with_knobs, with_objective_knobs
 
 __all__ = ["ALGORITHMS", "Algorithm"]
 
@@ -79,7 +79,7 @@ def _of(
         certainty=certainty,
         config=module.Config,
         pipeline=partial(with_knobs, module.pipeline),
-        objective=module.objective,
+        objective=partial(with_objective_knobs, module.objective),
     )
 
 
@@ -206,7 +206,7 @@ _MEMBERS = (
     _of(spo_chain, title="SPO-chain", paper="arXiv:2505.23564", kind="tree", certainty="code"),
     _of(spo_tree, title="SPO-tree", paper="arXiv:2505.23564", kind="tree", certainty="code"),
     _of(mcts_dpo, title="MCTS-DPO", paper="arXiv:2405.00451", kind="stage", certainty="code"),
-    _of(veripo, title="VeriPO", paper="arXiv:2505.19000", kind="stage", certainty="reconstructed"),
+    _of(veripo, title="VerIPO", paper="arXiv:2505.19000", kind="stage", certainty="reconstructed"),
 )
 
 ALGORITHMS: dict[str, Algorithm] = {member.name: member for member in _MEMBERS}

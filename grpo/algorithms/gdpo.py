@@ -21,6 +21,7 @@ from grpo.algorithms.options import (
     judging,
     length_terms,
     outcome_terms,
+    refuse_kl_among_decoupled,
 )
 from grpo.config import Schema
 from grpo.objective import Objective
@@ -52,6 +53,7 @@ def pipeline(
     config: Config, *, outcomes: Mapping[str, float], max_completion_length: int
 ) -> Pipeline:
     """Rewards standardised one by one, summed by weight, standardised over the step."""
+    refuse_kl_among_decoupled(config)
     weights = judging(outcomes)
     terms = _conditioned(config, weights) + length_terms(config, outcomes)
     return answer_pipeline(

@@ -19,6 +19,7 @@ from grpo.algorithms.options import (
     answer_pipeline,
     clipped_objective,
     judging,
+    refuse_kl_among_decoupled,
     reward_terms,
 )
 from grpo.objective import Objective
@@ -77,6 +78,7 @@ def _advantage(config: Config, weights: tuple[float, ...]) -> Advantage:
     ddof, eps = config.std_ddof, config.std_eps
     if config.combine == "sum":
         return partial(advantage.standardized, ddof=ddof, eps=eps)
+    refuse_kl_among_decoupled(config)
     return partial(
         step_advantage.decoupled, weights=weights, ddof=ddof, eps=eps, batch_norm="rollouts"
     )

@@ -29,7 +29,7 @@ from grpo import (
 from grpo import advantage as advantages
 from grpo.config import AlgorithmConfig
 from grpo.measures import REFERENCE
-from grpo.objective import Gate, LogRatio, Measure, Objective, Penalty, Signal, SurrogateFn
+from grpo.objective import Gate, LogRatio, Objective, Penalty, Signal, SurrogateFn
 from grpo.pipeline import Advantage, Aggregation, Measured, Pipeline, Reward, Select
 
 KL_ESTIMATORS = {
@@ -136,17 +136,6 @@ class RightAnswerConfig(AlgorithmConfig):
     )
 
 
-class KlInRewardConfig(AlgorithmConfig):
-    """Settings of a member that can put the KL term into the reward instead of into the loss."""
-
-    kl_in_reward: float = Field(
-        0.0,
-        ge=0,
-        description="coefficient of k1, log policy - log reference, taken off the reward; needs "
-        "the reference model. Beside it beta is a second KL term: set it to 0",
-    )
-
-
 def with_knobs(
     build: Callable[..., Pipeline],
     config: AlgorithmConfig,
@@ -154,11 +143,15 @@ def with_knobs(
     outcomes: Mapping[str, float],
     max_completion_length: int,
 ) -> Pipeline:
-    """A member's pipeline with the knobs that every member has (arXiv:2404.14367).
+    """A member's pipeline with the knobs that every member has (arXiv:2404.14367, and k1).
 
     A user's pipeline that is made from a member's has them already: they act once.
     """
     pipeline = build(config, outcomes=outcomes, max_completion_length=max_completion_length)
+    if config.kl_in_reward != 0 and not _pays_for_kl(pipeline):
+        kl = partial(rewards.kl_to_reference, coefficient=config.kl_in_reward)
+        asked = dict.fromkeys((*pipeline.measures, *kl_measured(config)))
+        pipeline = replace(pipeline, rewards=(*pipeline.rewards, kl), measures=tuple(asked))
     if config.reward_margin is not None and not _is_one(
         pipeline.select, selection.drop_if_small_margin
     ):
@@ -174,6 +167,30 @@ def with_knobs(
         )
         pipeline = replace(pipeline, advantage=scaled)
     return pipeline
+
+
+def with_objective_knobs(build: Callable[..., Objective], config: AlgorithmConfig) -> Objective:
+    """A member's objective with what the knobs of its pipeline ask the learner for."""
+    objective = build(config)
+    if config.kl_in_reward == 0 or REFERENCE in objective.measures:
+        return objective
+    return replace(objective, measures=(*objective.measures, REFERENCE))
+
+
+def refuse_kl_among_decoupled(config: AlgorithmConfig) -> None:
+    """ValueError where rewards are standardised one by one and the KL term would be, too."""
+    if config.kl_in_reward:
+        raise ValueError(
+            f"kl_in_reward is {config.kl_in_reward:g}, but each reward is standardised by itself, "
+            "so a coefficient of the KL term would mean nothing: set beta instead"
+        )
+
+
+def _pays_for_kl(pipeline: Pipeline) -> bool:
+    """In a reward term, or token by token in its advantage."""
+    advantage = pipeline.advantage
+    by_token = isinstance(advantage, partial) and advantage.keywords.get("kl_coef") is not None
+    return by_token or _is_one(pipeline.rewards, rewards.kl_to_reference)
 
 
 def _is_one(point: Sequence[Callable[..., object]], function: Callable[..., object]) -> bool:
@@ -259,21 +276,9 @@ def length_terms(config: LengthRewardConfig, outcomes: Mapping[str, float]) -> t
     return (partial(term, weights=judges, coefficient=coef, column=column),)
 
 
-def kl_terms(config: KlInRewardConfig) -> tuple[Reward, ...]:
-    """The KL term of an answer as a reward term, where the config switches it on."""
-    if config.kl_in_reward == 0:
-        return ()
-    return (partial(rewards.kl_to_reference, coefficient=config.kl_in_reward),)
-
-
-def kl_measured(config: KlInRewardConfig) -> tuple[Measured, ...]:
+def kl_measured(config: AlgorithmConfig) -> tuple[Measured, ...]:
     """What the driver asks for so that the KL term can stand in the reward."""
     return () if config.kl_in_reward == 0 else (Measured(name=REFERENCE.name),)
-
-
-def kl_measures(config: KlInRewardConfig) -> tuple[Measure, ...]:
-    """How the learner answers `kl_measured`."""
-    return () if config.kl_in_reward == 0 else (REFERENCE,)
 
 
 def judging(outcomes: Mapping[str, float]) -> dict[str, float]:

@@ -17,11 +17,7 @@ from pydantic import Field, model_validator
 from grpo import advantage, aggregation, sequence_scores, surrogates, token_weights
 from grpo.algorithms.options import (
     GroupConfig,
-    KlInRewardConfig,
     answer_pipeline,
-    kl_measured,
-    kl_measures,
-    kl_terms,
     plain_objective,
     reward_terms,
 )
@@ -30,7 +26,7 @@ from grpo.pipeline import Pipeline
 from grpo.sequence_scores import Pairs
 
 
-class Config(GroupConfig, KlInRewardConfig):
+class Config(GroupConfig):
     """Settings of REBEL. `eta` must fit the scale of rewards: 1 online, 1e6 in another recipe.
 
     The regression holds whoever sampled: `importance_cap: null`, as in the paper, is right, too.
@@ -68,14 +64,14 @@ def pipeline(
     """Rewards less their group's mean, which changes no difference; every answer weighs 1/B."""
     plain = answer_pipeline(
         config,
-        rewards=reward_terms(config, outcomes) + kl_terms(config),
+        rewards=reward_terms(config, outcomes),
         advantage=advantage.centred,
         # Not a mean over tokens: an answer's log-ratio is a sum.
         aggregation=partial(aggregation.fixed_length, max_tokens=1),
     )
     # An answer without a reward would count as one of the mean reward.
     trained = (*plain.trained, token_weights.judged_only)
-    return replace(plain, trained=trained, measures=kl_measured(config))
+    return replace(plain, trained=trained)
 
 
 def objective(config: Config) -> Objective:
@@ -83,5 +79,4 @@ def objective(config: Config) -> Objective:
     return replace(
         plain_objective(config, surrogate=surrogates.log_likelihood),
         group_term=partial(sequence_scores.regressed, eta=config.eta, pairs=config.pairs),
-        measures=kl_measures(config),
     )

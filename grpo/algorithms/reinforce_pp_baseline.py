@@ -14,18 +14,16 @@ from pydantic import Field
 from grpo import aggregation, step_advantage
 from grpo.algorithms.options import (
     ClippedConfig,
-    KlInRewardConfig,
     answer_pipeline,
     clipped_objective,
     kl_measured,
-    kl_measures,
     reward_terms,
 )
 from grpo.objective import Objective
 from grpo.pipeline import Pipeline
 
 
-class Config(ClippedConfig, KlInRewardConfig):
+class Config(ClippedConfig):
     """Settings of REINFORCE++-baseline, with a clip range of 0.2."""
 
     gamma: float = Field(
@@ -53,4 +51,4 @@ def pipeline(
 
 def objective(config: Config) -> Objective:
     """PPO-clip, symmetric unless `epsilon_high` is set."""
-    return replace(clipped_objective(config), measures=kl_measures(config))
+    return clipped_objective(config)

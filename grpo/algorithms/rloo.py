@@ -8,7 +8,6 @@ with `kl_in_reward: 0.05` and `beta: 0` part of the reward, as in TRL.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -16,12 +15,8 @@ from pydantic import Field
 from grpo import advantage, aggregation, ratios
 from grpo.algorithms.options import (
     ClippedConfig,
-    KlInRewardConfig,
     answer_pipeline,
     clipped_objective,
-    kl_measured,
-    kl_measures,
-    kl_terms,
     reward_terms,
 )
 from grpo.objective import Objective
@@ -31,7 +26,7 @@ LOG_RATIOS = {"sequence": ratios.sequence_sum_log_ratio, "token": ratios.token_l
 MEANS = {"sequence": aggregation.sequence_mean, "token": aggregation.token_mean}
 
 
-class Config(ClippedConfig, KlInRewardConfig):
+class Config(ClippedConfig):
     """Settings of RLOO; `num_generations` and `beta` are TRL's."""
 
     num_generations: int = Field(2, ge=2, description="G, rollouts per prompt")
@@ -47,16 +42,14 @@ def pipeline(
     config: Config, *, outcomes: Mapping[str, float], max_completion_length: int
 ) -> Pipeline:
     """Rewards minus the mean of the other answers' rewards."""
-    pipeline = answer_pipeline(
+    return answer_pipeline(
         config,
-        rewards=reward_terms(config, outcomes) + kl_terms(config),
+        rewards=reward_terms(config, outcomes),
         advantage=advantage.leave_one_out,
         aggregation=MEANS[config.ratio],
     )
-    return replace(pipeline, measures=kl_measured(config))
 
 
 def objective(config: Config) -> Objective:
     """PPO-clip on the ratio of the answer, not divided by its length, or of the token."""
-    clipped = clipped_objective(config, log_ratio=LOG_RATIOS[config.ratio])
-    return replace(clipped, measures=kl_measures(config))
+    return clipped_objective(config, log_ratio=LOG_RATIOS[config.ratio])

@@ -15,6 +15,7 @@ import sys
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -22,9 +23,9 @@ from types import ModuleType
 
 from grpo.algorithms import ALGORITHMS
 from grpo.algorithms.algorithm import Algorithm, Certainty, Kind
-from grpo.algorithms.options import with_knobs
+from grpo.algorithms.options import with_knobs, with_objective_knobs
 from grpo.config import AlgorithmConfig
-from grpo.errors import UserError
+from grpo.errors import CoveyError, UserError
 from grpo.objective import Objective
 from grpo.pipeline import Pipeline
 
@@ -114,6 +115,29 @@ def composition_problems(pipeline: object, objective: object) -> Iterator[str]:
             yield from _function_problems("objective.measures", measure.fn, 2)
 
 
+@contextmanager
+def theirs_is_told(name: str, what: str) -> Iterator[None]:
+    """Whatever a user's own file raises is told with its line; a member's errors are ours."""
+    try:
+        yield
+    except CoveyError:
+        raise
+    except Exception as error:
+        if not is_file_name(name):
+            raise
+        file = Path(name.rpartition(":")[0]).expanduser().resolve()
+        raise UserError(
+            f"{name} {what} ({place_in(file, error)}): {type(error).__name__}: {error}"
+        ) from error
+
+
+def place_in(file: Path, error: Exception) -> str:
+    """Where in the user's file it happened, else in which function."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if frame.filename == str(file)]
+    return f"{file.name}, line {theirs[-1].lineno}" if theirs else frames[-1].name
+
+
 @cache
 def _from_file(name: str, file: Path, changed_ns: int) -> Algorithm:
     """Loaded once for each state of the file, so that its Config stays one class."""
@@ -128,7 +152,11 @@ def _from_file(name: str, file: Path, changed_ns: int) -> Algorithm:
         raise UserError(f"algorithm {name}: found {what} of that name in {file.name}; {remedy}")
     loaded = replace(found, name=name, title=found.title or attribute)
     _require_settings(loaded)
-    return replace(loaded, pipeline=partial(with_knobs, loaded.pipeline))
+    return replace(
+        loaded,
+        pipeline=partial(with_knobs, loaded.pipeline),
+        objective=partial(with_objective_knobs, loaded.objective),
+    )
 
 
 _HOW = "assign it as NAME = algorithm(config=..., pipeline=..., objective=...)"

@@ -1,4 +1,4 @@
-"""VeriPO (arXiv:2505.19000): GRPO that searches, and a DPO stage that learns what it found.
+"""VerIPO (arXiv:2505.19000): GRPO that searches, and a DPO stage that learns what it found.
 
 Answers of each group that are right, consistent, not repetitive and of a fair length are preferred
 to those that are not; DPO trains on such pairs after every `dpo_every` steps. Reconstructed: no
@@ -33,7 +33,7 @@ from grpo.pipeline import Pipeline
 
 
 class Config(StandardizedConfig, PreferenceStageConfig):
-    """Settings of VeriPO. Its first GRPO phase has learning rate 1e-6, its DPO 5e-7."""
+    """Settings of VerIPO. Its first GRPO phase has learning rate 1e-6, its DPO 5e-7."""
 
     dpo: bool = Field(True, description="false: no stage, which is GRPO")
     dpo_every: int = Field(50, ge=1, description="steps from one stage of DPO to the next")

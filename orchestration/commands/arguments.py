@@ -22,6 +22,14 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help=SET_HELP)
 
 
+def not_negative(text: str) -> int:
+    """A whole number from 0 on."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"found {number}; expected 0 or more")
+    return number
+
+
 def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
     """The options; `--a.b c` and `--a.b=c`, which other projects use, are overrides too."""
     words: list[str] = []

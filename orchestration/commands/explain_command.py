@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from orchestration.commands.arguments import parsed
+from orchestration.commands.arguments import not_negative, parsed
 from orchestration.commands.output import remark, say
 
 if TYPE_CHECKING:
@@ -22,9 +22,11 @@ def run(arguments: Sequence[str]) -> int:
     """Read the groups, run one step's code on them, and show every intermediate number."""
     options = parsed(_parser(), arguments)
 
+    from grpo.algorithms.user_file import theirs_is_told
     from grpo.errors import UserError
     from orchestration.chosen_algorithm import chosen_algorithm
     from orchestration.explain.composition import composed
+    from orchestration.explain.dry_run import number_problem
     from orchestration.explain.explanation import explained
     from orchestration.group_file import Selection, read_batch
 
@@ -33,13 +35,16 @@ def run(arguments: Sequence[str]) -> int:
     batch = _completed(read_batch(options.groups, wanted), chosen, options)
     pipeline, objective, outcomes = composed(chosen, batch)
     try:
-        found = explained(pipeline, objective, batch)
+        with theirs_is_told(chosen.algorithm.name, "failed on these groups"):
+            found = explained(pipeline, objective, batch)
     except (ValueError, LookupError, ArithmeticError) as error:
         raise UserError(
             f"{chosen.algorithm.name} cannot work with these groups "
             f"({type(error).__name__}: {error}); it may need scores, streams or a lineage that "
             "they do not have: `covey describe` shows what it reads"
         ) from error
+    if problem := number_problem(found):
+        raise UserError(f"{chosen.algorithm.name}: {problem}")
     if options.json:
         say(json.dumps(_record(chosen, outcomes, found), indent=None if options.compact else 1))
     else:
@@ -81,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=not_negative,
         default=SHOWN_TOKENS,
         metavar="N",
         help=f"show at most so many tokens of a rollout ({SHOWN_TOKENS}); 0: none",
@@ -104,7 +109,7 @@ def _completed(batch: BatchInput, chosen: Chosen, options: argparse.Namespace) -
             changes["updates_per_step"] = recipe.updates_per_step
     changes = {key: value for key, value in changes.items() if key not in batch.model_fields_set}
     if options.weight:
-        changes["weights"] = {**batch.weights, **_weights(options.weight)}
+        changes["weights"] = {**batch.weights, **_weights(options.weight, batch)}
     if options.updates is not None:
         changes["updates_per_step"] = options.updates
     if options.max_completion_length is not None:
@@ -116,12 +121,17 @@ def _completed(batch: BatchInput, chosen: Chosen, options: argparse.Namespace) -
         raise UserError(f"{first['loc'][0]}: found {first['input']!r}; {first['msg']}") from None
 
 
-def _weights(texts: Sequence[str]) -> dict[str, float]:
+def _weights(texts: Sequence[str], batch: BatchInput) -> dict[str, float]:
     from grpo.errors import UserError
+    from orchestration.group_file import groups_of, scorers_of
 
     weights = {}
+    known = scorers_of(groups_of(batch), batch.weights)
     for text in texts:
         name, _, value = text.partition("=")
+        if name not in known:
+            has = ", ".join(known) or "no scorer"
+            raise UserError(f"--weight {text}: no group has a score of {name!r}; they have {has}")
         try:
             weights[name] = float(value)
         except ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from grpo.algorithms.user_file import composition_problems, is_file_name
+from grpo.algorithms.user_file import composition_problems, is_file_name, theirs_is_told
 from grpo.combinations import combination_problems
 from grpo.errors import UserError
 from grpo.objective import Objective
@@ -25,10 +25,11 @@ def composed(chosen: Chosen, batch: BatchInput) -> tuple[Pipeline, Objective, di
             "the groups have no score, so there is nothing to learn from: give outcomes or scores"
         )
     try:
-        pipeline = algorithm.pipeline(
-            settings, outcomes=outcomes, max_completion_length=batch.max_completion_length
-        )
-        objective = algorithm.objective(settings)
+        with theirs_is_told(algorithm.name, "cannot be built"):
+            pipeline = algorithm.pipeline(
+                settings, outcomes=outcomes, max_completion_length=batch.max_completion_length
+            )
+            objective = algorithm.objective(settings)
     except ValueError as error:
         raise UserError(str(error)) from error
     problems = (

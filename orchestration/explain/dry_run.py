@@ -6,12 +6,12 @@ can hold. Refuses to judge whether the algorithm is any good.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from grpo.algorithms.user_file import place_in
 from grpo.errors import CoveyError, UserError
 from grpo.objective import Objective
 from grpo.pipeline import Pipeline
@@ -50,19 +50,17 @@ def require_dry_run(
     except CoveyError:
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        theirs = [frame for frame in frames if frame.filename == str(file)]
-        place = f"{file.name}, line {theirs[-1].lineno}" if theirs else f"{frames[-1].name}"
         raise UserError(
-            f"a dry run of one step failed ({place}): {type(error).__name__}: {error}\n"
+            f"a dry run of one step failed ({place_in(file, error)}): "
+            f"{type(error).__name__}: {error}\n"
             "it has two groups of short rollouts with mixed scores; `covey explain` shows any "
             "group of yours in the same way"
         ) from error
-    if problem := _problem(found):
+    if problem := number_problem(found):
         raise UserError(f"a dry run of one step on made-up groups: {problem}")
 
 
-def _problem(found: Explanation) -> str | None:
+def number_problem(found: Explanation) -> str | None:
     """The first number or shape that is none."""
     if found.found is None:
         return None  # it selects; whether well or badly only real groups can tell

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from grpo.algorithms import ALGORITHMS
+from grpo.errors import UserError
 from grpo.pipeline import RewardedGroup
 from grpo.types import Dropped, Origin, Score, Span
 from orchestration.cli import main
@@ -23,6 +24,33 @@ from tests.unit.grpo_groups import random_groups
 from tests.unit.small_project import written_project
 
 TIMES = GroupTimes(admitted=1.0, generated=2.0, scored=3.0)
+
+
+@pytest.mark.parametrize("value", [0.5, -1e308])
+def test_what_is_no_log_probability_is_refused(tmp_path: Path, value: float) -> None:
+    group = {"rollouts": [{"tokens": [1, 2], "log_probs": [-1, value]}], "outcomes": {"a": [1]}}
+    (tmp_path / "g.json").write_text(json.dumps(group))
+    with pytest.raises(UserError, match=r"log_probs\.1 is .*natural logarithm"):
+        read_batch(tmp_path / "g.json")
+
+
+def test_one_mistake_is_one_short_message(tmp_path: Path) -> None:
+    rollout = {"tokens": list(range(2000)), "log_probs": [-1.0] * 1999}
+    (tmp_path / "g.json").write_text(json.dumps({"rollouts": [rollout], "outcomes": {"a": [1]}}))
+    with pytest.raises(UserError) as error:
+        read_batch(tmp_path / "g.json")
+    expected = "g.json: rollouts.0: log_probs has 1999 entries, but there are 2000 tokens"
+    assert str(error.value) == expected
+    (tmp_path / "g.json").write_text(json.dumps({"rollouts": "x" * 5000, "outcomes": {"a": [1]}}))
+    with pytest.raises(UserError) as error:
+        read_batch(tmp_path / "g.json")
+    assert "5002 characters" in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_file_that_is_no_text_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "g.json").write_bytes(b"\xaf\x00")
+    with pytest.raises(UserError, match="no text"):
+        read_batch(tmp_path / "g.json")
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -271,3 +299,33 @@ def test_a_terminal_gets_tokens_coloured_by_credit_unless_it_wants_none(monkeypa
     (first,) = re.findall(r"\x1b\[[^m]*48;2;(\d+);(\d+);0m7\+5", coloured)[:1]
     assert int(first[1]) > int(first[0]) == 0, "a good answer's token is green"
     assert "48;2" not in shown(TERM="xterm-256color", NO_COLOR="1")
+
+
+def test_terms_of_one_scorer_keep_their_own_names(capsys: pytest.CaptureFixture[str]) -> None:
+    found = explain(capsys, "ws_grpo", EXAMPLES / "steps.json", "preference_scorer=steps")
+    (first, *_) = found["groups"][0]["rollouts"]
+    assert set(first["rewards"]) == {"finished_outcome", "step_preference", "steps_out_of_range"}
+    assert sum(first["rewards"].values()) == pytest.approx(first["reward"])
+    assert {f"rewards/{name}/mean" for name in first["rewards"]} <= found["metrics"].keys()
+
+
+def test_the_steps_of_the_example_are_those_that_training_cuts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = ("step_scorer=steps", "min_step_chars=1")
+    found = explain(capsys, "sgpo", EXAMPLES / "steps.json", *settings)
+    assert found["groups"][0]["unscored"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weight", "answerr=2"], "no group has a score of 'answerr'; they have answer"),
+        (["--set", "name=dapo"], "the algorithm is grpo; name another in its place"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["explain", "grpo", str(EXAMPLES / "toy.json"), *options]) == 2
+    assert message in capsys.readouterr().err

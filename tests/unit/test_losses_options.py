@@ -23,8 +23,10 @@ from tests.unit.family_cases import (
 )
 from tests.unit.grpo_groups import random_groups, rollout, scored
 
+DECOUPLED = {"combine": "decoupled"}
 TAKES_LABELS = {"disco", "rebel"}  # the learner turns what they send into advantages
-KL_IN_REWARD = [n for n, a in ALGORITHMS.items() if "kl_in_reward" in a.config.model_fields]
+STANDARDISED_ONE_BY_ONE = {"gdpo"}  # where a KL term's coefficient would mean nothing
+KL_IN_REWARD = sorted(ALGORITHMS.keys() - STANDARDISED_ONE_BY_ONE)
 
 
 def with_reference(group, gaps):
@@ -96,16 +98,34 @@ def test_a_group_is_kept_for_the_margin_between_its_best_and_worst(outcomes, mar
         assert found.reason == "small_margin"
 
 
-def test_members_that_can_put_the_kl_into_the_reward():
-    assert set(KL_IN_REWARD) >= {"rloo", "reinforce_pp", "reinforce_pp_baseline", "rebel"}
+@pytest.mark.parametrize(("name", "settings"), [("gdpo", {}), ("multi_label", DECOUPLED)])
+def test_the_kl_is_no_reward_to_be_standardised(name, settings):
+    with pytest.raises(ValueError, match="each reward is standardised by itself"):
+        halves(name, kl_in_reward=0.1, **settings)
 
 
 @pytest.mark.parametrize("name", KL_IN_REWARD)
 def test_kl_in_the_reward_asks_for_the_reference_only_where_it_is_on(name):
-    for coefficient, measures in [(0.1, ["reference"]), (0.0, [])]:
-        pipeline, objective = halves(name, kl_in_reward=coefficient)
-        assert [m.name for m in pipeline.measures] == measures
-        assert [m.name for m in objective.measures] == measures
+    plain, of_plain = halves(name, kl_in_reward=0.0)
+    pipeline, objective = halves(name, kl_in_reward=0.1)
+    assert [m.name for m in plain.measures] == [m.name for m in of_plain.measures]
+    for with_kl, without in ((pipeline, plain), (objective, of_plain)):
+        names = [m.name for m in with_kl.measures]
+        assert names == list(dict.fromkeys([*[m.name for m in without.measures], "reference"]))
+    assert len(pipeline.rewards) > len(plain.rewards) or name.startswith("reinforce_pp")
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "pods", "cispo", "thr"])
+def test_any_member_takes_the_kl_off_its_rewards(name):
+    group = with_reference(scored([rollout(0, 2), rollout(1, 4)], answer=[1, 0]), [0.5, -0.25])
+    pipeline, _ = halves(name, kl_in_reward=0.1)
+    columns = [reward(group, pipeline.initial_state) for reward in pipeline.rewards]
+    np.testing.assert_allclose(np.sum(columns, axis=0), [1 - 0.1 * 1.0, 0.1 * 1.0], atol=1e-6)
+
+
+def test_k1_as_a_loss_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"gradient as a loss has mean zero.*kl_in_reward"):
+        halves("grpo", kl_estimator="k1")
 
 
 def test_the_kl_term_of_an_answer_is_a_sum_over_its_own_tokens():

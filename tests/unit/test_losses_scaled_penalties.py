@@ -17,6 +17,7 @@ from learner.policy import load_policy
 from learner.torch_backend import TorchBackend
 from learner.update import Trainee, run_step
 from tests.unit.family_cases import toy_inputs
+from tests.unit.grpo_groups import token_inputs
 from tests.unit.learner_cases import batch_of, random_rows, torch_config, write_model
 
 HINGE = Penalty(
@@ -81,3 +82,13 @@ def test_micro_batches_do_not_change_how_far_the_hinge_is_open(model):
     assert parts["kl_from_start"] == pytest.approx(whole["kl_from_start"], rel=1e-3)
     for left, right in zip(found, expected, strict=True):
         torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-3)
+
+
+def test_k3_from_the_start_of_the_step_by_hand():
+    now = torch.tensor([-0.4, -0.9], dtype=torch.float64, requires_grad=True)
+    inputs = token_inputs(log_probs=now, proximal=[-0.5, -0.5])
+    found = penalties.k3_from_start(inputs)
+    # exp(0.1) - 1 - 0.1 and exp(-0.4) - 1 + 0.4; slopes exp(0.1) - 1 and exp(-0.4) - 1
+    np.testing.assert_allclose(found.detach(), [0.0051709, 0.0703200], atol=1e-6)
+    found.sum().backward()
+    np.testing.assert_allclose(now.grad, [0.1051709, -0.3296800], atol=1e-6)

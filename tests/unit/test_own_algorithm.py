@@ -18,7 +18,7 @@ from grpo.objective import Learnable, Objective, Penalty, ReferenceUpdate, Signa
 from orchestration.cli import main
 from orchestration.config import load_recipe
 from orchestration.submit import local_files
-from tests.unit.explained import EXAMPLES, column, explain, toy, written
+from tests.unit.explained import EXAMPLES, column, explain, refused, toy, written
 from tests.unit.family_cases import halves
 from tests.unit.small_project import REPOSITORY, written_project
 
@@ -142,11 +142,40 @@ MISTAKES = {
         ("    scales = [", "    scales = group.prompt.columns['budget'] and ["),
         "(forgiving.py, line 28): KeyError: 'budget'",
     ),
+    "objective raises": (
+        ("def objective(config):\n", "def objective(config):\n    {}['missing']\n"),
+        "cannot be built (forgiving.py, line 46): KeyError: 'missing'",
+    ),
     "combination": (
         ("config, surrogate=", "config, log_ratio=sequence_mean_log_ratio, surrogate="),
         "sequence_mean_log_ratio gives a whole answer one ratio",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("weight if rollout.is_truncated else 1.0", "float('nan')"),
+            "token_weight is not finite",
+        ),
+        (("np.full(rollout.num_tokens, scale)", "'x'"), "failed on these groups"),
+        (
+            ("    scales = [", "    scales = group.prompt.columns['budget'] and ["),
+            "failed on these groups (forgiving.py, line 28): KeyError: 'budget'",
+        ),
+        (
+            ("def objective(config):\n", "def objective(config):\n    {}['missing']\n"),
+            "cannot be built (forgiving.py, line 46): KeyError: 'missing'",
+        ),
+    ],
+)
+def test_explain_tells_a_mistake_in_the_file_by_its_line(
+    tmp_path: Path, capsys, change: tuple[str, str], message: str
+) -> None:
+    file = own_file(tmp_path, change)
+    assert message in refused(capsys, f"{file}:forgiving", EXAMPLES / "toy.json")
 
 
 @pytest.mark.parametrize(("change", "message"), MISTAKES.values(), ids=MISTAKES)

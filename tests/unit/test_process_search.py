@@ -77,7 +77,9 @@ def test_an_extreme_pair_is_finite_and_one_that_came_twice_counts_twice():
         dpo.preference_advantages(far[:1], beta=1.0)
 
 
-@pytest.mark.parametrize(("better", "worse", "doubt"), [(6, 2, 0.25), (1, 5, 0.5), (0, 0, 0.0)])
+@pytest.mark.parametrize(
+    ("better", "worse", "doubt"), [(6, 2, 0.25), (1, 5, 0.5), (1, 1, 0.5), (0, 0, 0.0)]
+)
 def test_doubt_grows_with_the_visits_of_the_worse_step(better, worse, doubt):
     assert dpo.doubt_from_visits(better, worse) == doubt
 
