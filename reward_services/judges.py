@@ -203,7 +203,7 @@ def built_judge(config: ScorerConfig) -> Judge:
     if config.function is not None:
         return FunctionJudge(config.function, config.options, config.deadline_s)
     rule = {"config": config.model_dump_json()}
-    return FunctionJudge(rule_function.SPEC, rule, config.deadline_s)
+    return FunctionJudge(config.name, rule, config.deadline_s, child=rule_function.CHILD)
 
 
 def _preference_judge(config: PreferenceConfig, deadline_s: float, packed: Packed) -> Judge:

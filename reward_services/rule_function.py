@@ -6,18 +6,21 @@ one answer, and the deadline of the whole call stops what even the timer cannot.
 
 from __future__ import annotations
 
+import json
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import FrameType
 
 from reward_services.config import ScorerConfig
 from reward_services.form_rules import built_form_rule
+from reward_services.function_child import serve
 from reward_services.rules import built_rule
-from reward_services.user_functions import Verdict
+from reward_services.user_functions import Batch, Verdict, judged
 
-SPEC = "reward_services.rule_function:judged_texts"
+CHILD = "reward_services.rule_function"  # this file, as the process that runs a rule
 
 
 class _Expired(BaseException):
@@ -42,14 +45,14 @@ def judged_texts(
 def _judge(config: str) -> Callable[[str, str | None], Verdict]:
     settings = ScorerConfig.model_validate_json(config)
     limit_s = settings.deadline_s / settings.batch_size
-    judged = _comparing(settings) if settings.needs_reference else _forming(settings)
+    compared = _comparing(settings) if settings.needs_reference else _forming(settings)
 
     def judge(text: str, reference: str | None) -> Verdict:
         try:
             with _timer(limit_s):
-                return judged(text, reference)
+                return compared(text, reference)
         except _Expired:
-            failure = f"rule {settings.rule} took longer than {limit_s:.2g} s on one answer"
+            failure = f"rule {settings.rule} took longer than {limit_s:.2g} s of CPU on one answer"
             return Verdict(value=None, failure=failure)
 
     return judge
@@ -80,10 +83,25 @@ def _timer(limit_s: float) -> Iterator[None]:
     def expire(signum: int, frame: FrameType | None) -> None:
         raise _Expired
 
-    earlier = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    earlier = signal.signal(signal.SIGPROF, expire)
+    signal.setitimer(signal.ITIMER_PROF, limit_s)  # CPU time: a busy machine is no slow answer
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, earlier)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, earlier)
+
+
+def main(_: str, options: str) -> None:
+    """Load the rule of these options (as JSON) before the first answer, then judge."""
+    config = json.loads(options)["config"]
+
+    def loaded() -> Callable[[Batch], list[Verdict]]:
+        _judge(config)  # remembered; sympy alone takes seconds
+        return partial(judged, partial(judged_texts, config=config))
+
+    serve(loaded)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

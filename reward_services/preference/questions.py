@@ -128,8 +128,18 @@ def write_questions(folder: Path, questions: Iterable[Question]) -> None:
 
 def read_questions(folder: Path) -> list[Question]:
     """What `write_questions` wrote."""
-    with (folder / ROLLOUTS_FILE).open() as lines:
-        return [_question(json.loads(line)) for line in lines]
+    path = folder / ROLLOUTS_FILE
+    found: list[Question] = []
+    with path.open() as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(_question(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AssertionError) as error:
+                raise UserError(
+                    f"{path}, line {number}: found no labelled rollouts ({error}); collect them "
+                    "anew with covey preference collect RECIPE"
+                ) from error
+    return found
 
 
 def _replace(path: Path, lines: Iterable[str]) -> None:
