@@ -126,3 +126,9 @@ def rank_of(
     )
     learner.start()
     return learner
+
+
+def save(learner: LearnerRank, folder: Path) -> None:
+    """Both halves of a checkpoint, one after the other."""
+    learner.snapshot()
+    learner.write(str(folder))
