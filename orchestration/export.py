@@ -10,8 +10,6 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import JsonValue
-
 from grpo.errors import UserError
 from orchestration.best import BEST_FILE
 from orchestration.checkpoint import (
@@ -40,9 +38,8 @@ class Origin:
 
     run: str  # the name of its folder
     step: int
-    model: str  # that the run began with
-    seed: int
-    algorithm: JsonValue  # name and settings
+    model: object  # that the run began with
+    algorithm: object  # name and settings
     metrics: dict[str, float]  # of this step, evaluations included
 
 
@@ -134,7 +131,6 @@ def _origin(run: Path, step: int) -> Origin:
         run=run.name,
         step=step,
         model=recipe["model"],
-        seed=recipe["seed"],
         algorithm=recipe["algorithm"],
         metrics=_metrics_at(run / METRICS_FILE, step),
     )

@@ -19,7 +19,6 @@ from tests.unit.learner_cases import batch_of, random_rows, rank_of, torch_confi
 
 CONFIG = {
     "model": "a/model",
-    "seed": 3,
     "algorithm": {"name": "grpo", "num_generations": 4},
 }
 
@@ -86,7 +85,6 @@ def test_the_origin_says_run_step_algorithm_and_what_was_measured_there(
         "run": run.name,
         "step": 2,
         "model": "a/model",
-        "seed": 3,
         "algorithm": {"name": "grpo", "num_generations": 4},
         "metrics": {"reward": 0.2, "eval/pass@1": 0.5},
     }
