@@ -87,12 +87,31 @@ class LearningScorer(Protocol):
 
 
 class Checkpointed(Protocol):
-    """A learner that can be stopped and continued."""
+    """What is small enough to be written while the run waits."""
 
     async def save(self, folder: Path) -> None:
-        """Write the training state and a `huggingface/` export below `folder`."""
+        """Write all that `load` needs below `folder`."""
         ...
 
     async def load(self, folder: Path) -> None:
         """Continue from what `save` wrote."""
+        ...
+
+
+class SavedAside(Protocol):
+    """A learner whose state is copied first, and written while it goes on training."""
+
+    async def snapshot(self) -> None:
+        """Copy the training state; whatever is trained from now on is not in it."""
+        ...
+
+    async def write(self, folder: Path) -> Sequence[str]:
+        """Write the copy and a `huggingface/` export below `folder`; the paths of the files.
+
+        Other methods may be called meanwhile.
+        """
+        ...
+
+    async def load(self, folder: Path) -> None:
+        """Continue from what `write` wrote."""
         ...

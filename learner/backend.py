@@ -6,7 +6,7 @@ and algorithms. Every method is called on all ranks, in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -62,12 +62,12 @@ class Backend(Protocol):
         """All weights on CPU, tied ones once, on rank 0; empty elsewhere."""
         ...
 
-    def save(self, folder: Path, *, own: Mapping[str, float]) -> None:
-        """Write weights, master weights, optimiser state and the learner's own numbers."""
+    def copied_state(self) -> dict[str, Tensor]:
+        """This rank's pieces of master weights and optimiser state (learner/shards.py), on CPU."""
         ...
 
-    def load(self, folder: Path) -> Mapping[str, float]:
-        """Read what `save` wrote; the learner's own numbers."""
+    def restore(self, files: Sequence[Path]) -> None:
+        """Go on from the pieces in these files, which may be those of other ranks or backends."""
         ...
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,15 +19,14 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from grpo.errors import Fatal
 from learner.config import LearnerConfig
 from learner.packing import Block
 from learner.policy import LogProbHead, Policy, policy_inputs
+from learner.shards import Piece, copied, restore, whole_pieces
 from learner.torch_backend import adamw
-from learner.weights import named_weights, to_cpu
+from learner.weights import named_weights, to_cpu, trained_weights
 
 T = TypeVar("T")
-TAG = "state"  # the one checkpoint of a folder
 GATHER_ELEMENTS = 2**28  # parameters gathered at once under ZeRO-3: 1 GiB in float32
 BUCKET_ELEMENTS = 2**27  # gradients reduced at once; DeepSpeed allocates this much
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that waits longer has lost a peer
@@ -123,26 +122,67 @@ class DeepSpeedBackend:
                 weights |= {name: to_cpu(weight, dtype) for name, weight in names.items()}
         return weights
 
-    def save(self, folder: Path, *, own: Mapping[str, float]) -> None:
-        self._engine.save_checkpoint(
-            str(folder), tag=TAG, client_state={"own": dict(own)}, save_latest=False
-        )
+    def copied_state(self) -> dict[str, Tensor]:
+        if self._config.zero_stage == 0 and self._rank > 0:
+            return {}  # every rank holds the same
+        return copied(self._pieces(), self._torch_optimizer)
 
-    def load(self, folder: Path) -> dict[str, float]:
-        path, state = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise Fatal(
-                f"DeepSpeed found no checkpoint of {self._world_size} ranks and ZeRO stage "
-                f"{self._config.zero_stage} in {folder}: resume with the ranks and the zero_stage "
-                "that wrote it"
-            )
-        own: dict[str, float] = state["own"]
-        return own
+    def restore(self, files: Sequence[Path]) -> None:
+        restore(self._pieces(), self._torch_optimizer, files)
+        optimizer = self._engine.optimizer
+        if self._config.zero_stage == 3:
+            optimizer.checkpoint_event_prologue()  # all parameters in parts
+            for sub_group in range(len(optimizer.fp16_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+            optimizer.checkpoint_event_epilogue()  # those that stay whole, whole again
+        elif self._config.zero_stage > 0:
+            optimizer.update_lp_params()
 
     def close(self) -> None:
         self._engine.destroy()
         if self._owns_group:
             torch.distributed.destroy_process_group()
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._engine.optimizer
+        inner: torch.optim.Optimizer = optimizer.optimizer if self._config.zero_stage else optimizer
+        return inner
+
+    def _pieces(self) -> list[Piece]:
+        """What this rank optimises: DeepSpeed flattens parameters and cuts them by ranks."""
+        weights = trained_weights(self._policy.model)
+        if self._config.zero_stage == 0:
+            return whole_pieces(weights.items())
+        if self._config.zero_stage < 3:
+            optimizer = self._engine.optimizer
+            return [
+                Piece(
+                    name=name,
+                    start=mapping.lp_fragment_address.start,
+                    num_elements=mapping.lp_fragment_address.numel,
+                    flat=optimizer.single_partition_of_fp32_groups[mapping.param_group_index],
+                    offset=mapping.hp_fragment_address.start,
+                )
+                for name, weight in weights.items()
+                if (mapping := weight._hp_mapping) is not None  # None: with other ranks
+            ]
+        return [piece for item in weights.items() if (piece := self._part(*item)) is not None]
+
+    def _part(self, name: str, weight: nn.Parameter) -> Piece | None:
+        """ZeRO-3 cuts every parameter into equal parts; padding may leave the last ranks none."""
+        optimizer = self._engine.optimizer
+        sub_group, offset, size = optimizer.grad_position[optimizer.get_param_id(weight)]
+        start = self._rank * size
+        if start >= weight.ds_numel:
+            return None
+        return Piece(
+            name=name,
+            start=start,
+            num_elements=min(size, weight.ds_numel - start),
+            flat=optimizer.fp32_partitioned_groups_flat[sub_group],
+            offset=offset,
+        )
 
     def _buckets(self) -> Iterator[dict[str, Tensor]]:
         """All weights by name, in order, GATHER_ELEMENTS or one weight at a time."""

@@ -10,6 +10,7 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,11 +28,11 @@ from learner.policy import Policy, load_policy
 from learner.reference import Reference
 from learner.scalar import Scalar
 from learner.schedule import learning_rate_at
+from learner.snapshot import Snapshot, saved_numbers, saved_pieces, saved_reference
 from learner.torch_backend import TorchBackend
 from learner.update import Trainee, log_probs_of, run_step
 from learner.weights import as_saved, bundle, export
 
-STATE_FOLDER = "learner"
 EXPORT_FOLDER = "huggingface"
 
 
@@ -68,6 +69,7 @@ class LearnerRank:
         self._master = master
         self._seed = seed
         self._steps_done = 0
+        self._snapshot: Snapshot | None = None  # None: nothing waits to be written
 
     def start(self) -> None:
         """Load the policy, join the other ranks and build the optimiser."""
@@ -133,31 +135,41 @@ class LearnerRank:
         weights = self._gathered()
         return bundle(weights, version=version) if self._rank == 0 else None
 
-    def save(self, folder: str) -> None:
-        """Write the training state of every rank and, on rank 0, a `huggingface/` export."""
-        own = {"steps_done": float(self._steps_done)}
+    def snapshot(self) -> None:
+        """Copy the training state aside, whole weights with it; `write` is what follows."""
+        numbers = {"steps_done": float(self._steps_done)}
         if self._trainee.scalar is not None:
-            own["scalar"] = self._trainee.scalar.value
-        self._trainee.backend.save(Path(folder) / STATE_FOLDER, own=own)
+            numbers["scalar"] = self._trainee.scalar.value
         weights = self._gathered()
-        if self._rank == 0:
-            if self._moving_reference is not None:
-                self._moving_reference.save(Path(folder) / STATE_FOLDER)
-            export(
-                weights,
-                Path(folder) / EXPORT_FOLDER,
-                model=self._model,
-                dtype=self._config.rollout_dtype,
-            )
+        is_first = self._rank == 0
+        reference = self._moving_reference if is_first else None
+        self._snapshot = Snapshot(
+            rank=self._rank,
+            numbers=numbers,
+            pieces=self._trainee.backend.copied_state(),
+            reference={} if reference is None else reference.copied(),
+            export=partial(self._export, weights) if is_first else None,
+        )
+
+    def write(self, folder: str) -> list[str]:
+        """Write the snapshot: every rank its state, rank 0 a `huggingface/` export, too.
+
+        Not collective, and the one method that another thread may run beside the others. The
+        paths of this rank's files, from `folder`.
+        """
+        snapshot, self._snapshot = self._snapshot, None
+        assert snapshot is not None, "snapshot() comes first"
+        return snapshot.write(Path(folder))
 
     def load(self, folder: str) -> None:
-        """Continue from what `save` wrote; nothing else has state, since nothing here is drawn."""
-        own = self._trainee.backend.load(Path(folder) / STATE_FOLDER)
+        """Continue from what `write` wrote, on however many ranks; nothing else has state."""
+        own = saved_numbers(Path(folder))
+        self._trainee.backend.restore(saved_pieces(Path(folder)))
         self._steps_done = int(own["steps_done"])
         if self._trainee.scalar is not None:
             self._trainee.scalar.value = own["scalar"]
         if self._moving_reference is not None:
-            self._moving_reference.load(Path(folder) / STATE_FOLDER)
+            self._moving_reference.restore(saved_reference(Path(folder)))
 
     def close(self) -> None:
         """Leave the other ranks."""
@@ -182,6 +194,10 @@ class LearnerRank:
         if self._objective.stage is None:
             raise Fatal("the driver sent a batch of a stage, but the objective has no `stage`")
         return replace(self._trainee, objective=self._objective.stage, scalar=None)
+
+    def _export(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        path = folder / EXPORT_FOLDER
+        export(weights, path, model=self._model, dtype=self._config.rollout_dtype)
 
     def _gathered(self) -> dict[str, torch.Tensor]:
         weights = self._trainee.backend.gather(getattr(torch, self._config.rollout_dtype))

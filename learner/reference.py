@@ -6,17 +6,13 @@ Whole on every rank. Refuses to know when it is asked to follow, and the loss.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from learner.packing import Block
 from learner.policy import Policy, policy_inputs
-from learner.weights import METADATA, named_weights
-
-REFERENCE_FILE = "reference.safetensors"
+from learner.weights import named_weights, to_cpu
 
 
 class Reference:
@@ -51,15 +47,12 @@ class Reference:
                     average.copy_(weight)
         self._copy_averages()
 
-    def save(self, folder: Path) -> None:
-        """Write the averages."""
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: average.cpu().contiguous() for name, average in self._averages.items()}
-        save_file(weights, folder / REFERENCE_FILE, METADATA)
+    def copied(self) -> dict[str, Tensor]:
+        """The averages on CPU, as no later step changes them; empty where nothing moves."""
+        return {name: to_cpu(average, average.dtype) for name, average in self._averages.items()}
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
-        saved = load_file(folder / REFERENCE_FILE)
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on from averages that `copied` returned."""
         for name, average in self._averages.items():
             average.copy_(saved[name])
         self._copy_averages()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from learner.config import LearnerConfig
 from learner.packing import Block
 from learner.policy import LogProbHead, Policy, policy_inputs
-from learner.weights import named_weights, to_cpu
+from learner.shards import Piece, copied, restore, whole_pieces
+from learner.weights import named_weights, to_cpu, trained_weights
 
 T = TypeVar("T")
-STATE_FILE = "state.pt"
 
 
 def adamw(parameters: list[nn.Parameter], config: LearnerConfig) -> torch.optim.AdamW:
@@ -96,27 +96,19 @@ class TorchBackend:
             for name, weight in named_weights(self._policy.model).items()
         }
 
-    def save(self, folder: Path, *, own: Mapping[str, float]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            "own": dict(own),
-            "masters": [master.detach() for master in self._masters],
-            "optimizer": self._optimizer.state_dict(),
-        }
-        torch.save(state, folder / STATE_FILE)
+    def copied_state(self) -> dict[str, Tensor]:
+        return copied(self._pieces(), self._optimizer)
 
-    def load(self, folder: Path) -> dict[str, float]:
-        state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
-        with torch.no_grad():
-            for master, saved in zip(self._masters, state["masters"], strict=True):
-                master.copy_(saved)
+    def restore(self, files: Sequence[Path]) -> None:
+        restore(self._pieces(), self._optimizer, files)
         self._copy_masters()
-        self._optimizer.load_state_dict(state["optimizer"])
-        own: dict[str, float] = state["own"]
-        return own
 
     def close(self) -> None:
         pass
+
+    def _pieces(self) -> list[Piece]:
+        """Every parameter is one piece."""
+        return whole_pieces(zip(trained_weights(self._policy.model), self._masters, strict=True))
 
     @torch.no_grad()
     def _copy_masters(self) -> None:

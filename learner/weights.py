@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -30,6 +30,11 @@ def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     saved = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     return {**dict(model.named_parameters()), **buffers}
+
+
+def trained_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """What the optimiser moves, by name and in order; tied weights once."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def to_cpu(weight: Tensor, dtype: torch.dtype) -> Tensor:

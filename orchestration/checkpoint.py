@@ -1,10 +1,10 @@
-"""Checkpoints of a run: written aside, sealed with a manifest, renamed into place, then marked.
+"""The files of a checkpoint: written aside, sealed with a manifest, renamed into place, marked.
 
     RUN/checkpoints/step_40/     what the learner wrote, driver_state.json, manifest.json
     RUN/checkpoints/latest       the name of the folder to continue from
 
-A folder whose manifest does not fit is never chosen. Refuses to know what the learner writes and
-what the algorithm's state means.
+A folder whose manifest does not fit is never chosen. Refuses to know when one is due (saving.py),
+what the learner writes and what the algorithm's state means.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from grpo.engines import Checkpointed
+from grpo.engines import Checkpointed, SavedAside
 from grpo.errors import Fatal, UserError
 from grpo.pipeline import State
 from orchestration.run_directory import write_json
@@ -55,16 +54,6 @@ class DriverState:
     tokens: Mapping[str, int] = field(default_factory=dict)  # generated, trained, ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointReport:
-    """What a checkpoint cost."""
-
-    path: Path
-    num_bytes: int
-    num_files: int
-    timings_s: Mapping[str, float]  # learner: it wrote; seal: checksums and flushing to disk
-
-
 def encoded_state(state: State) -> JsonValue:
     """The algorithm's state as JSON; it must come back equal, or a resumed run would differ."""
     if state is None:
@@ -84,52 +73,39 @@ def decoded_state(initial: State, value: JsonValue) -> State:
     return state
 
 
-async def save_checkpoint(
-    run: Path,
-    step: int,
-    learner: Checkpointed,
-    state: DriverState,
-    *,
-    keep: int,
-    others: Mapping[str, Checkpointed] | None = None,
-) -> CheckpointReport:
-    """Write `step_N`, mark it as the latest and keep only the `keep` newest of this run.
+async def begin_checkpoint(
+    run: Path, step: int, learner: SavedAside, others: Mapping[str, Checkpointed]
+) -> Path:
+    """A draft folder, once all that training would change is copied or written.
 
     `others` have a folder in it each, by its name.
     """
-    assert keep >= 1
-    assert state.step == step
-    started = time.monotonic()
     root = run / CHECKPOINTS
     draft = root / f".{_PREFIX}{step}.draft"
     await asyncio.to_thread(_empty, root, draft)
-    await learner.save(draft)
-    saved = time.monotonic()
-    if not any(draft.iterdir()):
-        raise Fatal(
-            f"the learner saved step {step}, but {draft} is empty where the driver runs: `output` "
-            "must name a folder that all nodes share"
-        )
-    for name, other in (others or {}).items():
+    await learner.snapshot()
+    for name, other in others.items():
         (draft / name).mkdir(parents=True)
         await other.save(draft / name)
-    final = root / f"{_PREFIX}{step}"
-    sizes = await asyncio.to_thread(_seal, draft, state)
-    await asyncio.to_thread(_put_in_place, draft, final)
-    sealed = time.monotonic()
-    await asyncio.to_thread(_delete_old, root, step, keep)
-    timings = {
-        "learner": saved - started,
-        "seal": sealed - saved,
-        "total": time.monotonic() - started,
-    }
-    return CheckpointReport(
-        path=final, num_bytes=sum(sizes), num_files=len(sizes), timings_s=timings
-    )
+    return draft
+
+
+async def complete_checkpoint(draft: Path, learner: SavedAside, state: DriverState) -> Path:
+    """Write the learner's part, seal it and mark it as the latest; training may go on meanwhile."""
+    for file in await learner.write(draft):
+        if not (draft / file).exists():
+            raise Fatal(
+                f"the learner saved step {state.step}, but {draft / file} is not there where the "
+                "driver runs: `output` must name a folder that all nodes share"
+            )
+    final = draft.with_name(f"{_PREFIX}{state.step}")
+    await asyncio.to_thread(_seal, draft, state)
+    await asyncio.to_thread(_put_in_place, draft, final, state.step)
+    return final
 
 
 async def load_checkpoint(
-    folder: Path, learner: Checkpointed, others: Mapping[str, Checkpointed] | None = None
+    folder: Path, learner: SavedAside, others: Mapping[str, Checkpointed]
 ) -> DriverState:
     """Verify every checksum, bring all to this point and return the driver's part."""
     damage = await asyncio.to_thread(find_damage, folder, checksums=True)
@@ -140,7 +116,7 @@ async def load_checkpoint(
         )
     state = read_driver_state(folder)
     await learner.load(folder)
-    for name, other in (others or {}).items():
+    for name, other in others.items():
         await other.load(folder / name)
     return state
 
@@ -164,19 +140,21 @@ def read_driver_state(folder: Path) -> DriverState:
 def latest_checkpoint(run: Path) -> Path | None:
     """The folder that `latest` names if it is whole, else the newest whole one, if there is one."""
     root = run / CHECKPOINTS
-    names = [f"{_PREFIX}{step}" for step in sorted(_steps(root), reverse=True)]
-    marker = root / LATEST_FILE
-    if marker.exists():
-        marked = marker.read_text(encoding="utf-8").strip()
-        names.sort(key=lambda name: name != marked)  # stable: the others stay newest first
-    for name in names:
-        if find_damage(root / name, checksums=False) is None:
-            return root / name
+    steps = sorted(_steps(root), reverse=True)
+    marked = marked_step(run, LATEST_FILE)
+    steps.sort(key=lambda step: step != marked)  # stable: the others stay newest first
+    for step in steps:
+        folder = checkpoint_folder(run, step)
+        if find_damage(folder, checksums=False) is None:
+            return folder
     return None
 
 
-def find_damage(folder: Path, *, checksums: bool) -> str | None:
-    """What differs from the manifest, None if nothing; sizes always, contents if asked."""
+def find_damage(folder: Path, *, checksums: bool, below: str = "") -> str | None:
+    """What differs from the manifest, None if nothing; sizes always, contents if asked.
+
+    `below` is the beginning of the paths that matter.
+    """
     manifest = folder / MANIFEST_FILE
     if not manifest.exists():
         return f"there is no {MANIFEST_FILE} (the checkpoint was not completed)"
@@ -184,6 +162,7 @@ def find_damage(folder: Path, *, checksums: bool) -> str | None:
         files: Files = json.loads(manifest.read_text("utf-8"))["files"]
     except (ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST_FILE} cannot be read ({error})"
+    files = {name: expected for name, expected in files.items() if name.startswith(below)}
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -193,6 +172,52 @@ def find_damage(folder: Path, *, checksums: bool) -> str | None:
     return _changed_contents(folder, files) if checksums else None
 
 
+def whole_steps(run: Path) -> list[int]:
+    """Steps of the checkpoints that were completed, the oldest first."""
+    root = run / CHECKPOINTS
+    return sorted(n for n in _steps(root) if (root / f"{_PREFIX}{n}" / MANIFEST_FILE).exists())
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return run / CHECKPOINTS / f"{_PREFIX}{step}"
+
+
+def marked_step(run: Path, marker: str) -> int | None:
+    """The step that a marker names, None without one."""
+    path = run / CHECKPOINTS / marker
+    if not path.exists():
+        return None
+    number = path.read_text(encoding="utf-8").strip().removeprefix(_PREFIX)
+    return int(number) if number.isdigit() else None
+
+
+def mark(run: Path, marker: str, step: int | None) -> None:
+    """Let `latest` or `best` name a step; a reader sees the old name or the new one. None: no."""
+    path = run / CHECKPOINTS / marker
+    if step is None:
+        path.unlink(missing_ok=True)
+        return
+    draft = path.with_name(f".{marker}.draft")
+    draft.write_text(f"{_PREFIX}{step}\n", encoding="utf-8")
+    draft.replace(path)
+    _flush_folder(path.parent)
+
+
+def keep_only(run: Path, steps: Collection[int]) -> None:
+    """Delete all other checkpoints of the run."""
+    root = run / CHECKPOINTS
+    for found in _steps(root) - set(steps):
+        # Without its manifest a half-deleted folder is never chosen.
+        (root / f"{_PREFIX}{found}" / MANIFEST_FILE).unlink(missing_ok=True)
+        shutil.rmtree(root / f"{_PREFIX}{found}")
+
+
+def _steps(root: Path) -> set[int]:
+    numbers = [path.name.removeprefix(_PREFIX) for path in root.glob(f"{_PREFIX}*")]
+    return {int(number) for number in numbers if number.isdigit()}
+
+
 def _empty(root: Path, draft: Path) -> None:
     """An empty draft folder; what an interrupted save left behind goes."""
     for leftover in root.glob(f".{_PREFIX}*"):
@@ -200,7 +225,7 @@ def _empty(root: Path, draft: Path) -> None:
     draft.mkdir(parents=True)
 
 
-def _seal(draft: Path, state: DriverState) -> list[int]:
+def _seal(draft: Path, state: DriverState) -> None:
     """Write the driver's state, then the manifest of all files; everything is on disk after it."""
     write_json(draft / STATE_FILE, {"format": FORMAT, **asdict(state)})
     paths = sorted(path for path in draft.rglob("*") if path.is_file())
@@ -212,35 +237,18 @@ def _seal(draft: Path, state: DriverState) -> list[int]:
         _flush_folder(folder)
     write_json(draft / MANIFEST_FILE, {"step": state.step, "files": files})
     _flush_folder(draft)
-    return [path.stat().st_size for path in paths]
 
 
-def _put_in_place(draft: Path, final: Path) -> None:
+def _put_in_place(draft: Path, final: Path, step: int) -> None:
     """Rename, and only then let the marker name it."""
+    old = final.with_name(f".{final.name}.old")
     if final.exists():  # of a part of the run that was abandoned by resuming before it
-        final.rename(final.with_name(f".{final.name}.old"))
+        final.rename(old)
     draft.rename(final)
     _flush_folder(final.parent)
-    marker = final.parent / f".{LATEST_FILE}.draft"
-    marker.write_text(f"{final.name}\n", encoding="utf-8")
-    marker.replace(final.parent / LATEST_FILE)
-    _flush_folder(final.parent)
-
-
-def _delete_old(root: Path, step: int, keep: int) -> None:
-    """Keep the `keep` newest up to `step`; later ones belong to a part that was abandoned."""
-    kept = sorted(found for found in _steps(root) if found <= step)[-keep:]
-    for found in _steps(root) - set(kept):
-        # Without its manifest a half-deleted folder is never chosen.
-        (root / f"{_PREFIX}{found}" / MANIFEST_FILE).unlink(missing_ok=True)
-        shutil.rmtree(root / f"{_PREFIX}{found}")
-    for leftover in root.glob(f".{_PREFIX}*"):
-        shutil.rmtree(leftover)
-
-
-def _steps(root: Path) -> set[int]:
-    numbers = [path.name.removeprefix(_PREFIX) for path in root.glob(f"{_PREFIX}*")]
-    return {int(number) for number in numbers if number.isdigit()}
+    mark(final.parent.parent, LATEST_FILE, step)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def _changed_contents(folder: Path, files: Files) -> str | None:

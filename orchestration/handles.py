@@ -46,6 +46,7 @@ from rollout_workers.worker import RolloutWorker
 # Groups that may wait in one worker at a time; the engine batches them itself.
 MAX_CONCURRENT_CALLS = 10_000
 CONNECT_TIMEOUT_S = 5.0
+WRITING = "writing"  # Ray's concurrency group of what a learner rank does beside its other calls
 
 
 def connect(recipe: Recipe) -> bool:
@@ -238,8 +239,13 @@ class LearnerActor:
             return None, None
         return (bundle.payload.nbytes, bundle.checksum), bundle
 
-    def save(self, folder: str) -> None:
-        self.rank.save(folder)
+    def snapshot(self) -> None:
+        self.rank.snapshot()
+
+    @ray.method(concurrency_group=WRITING)  # type: ignore[untyped-decorator]  # as above
+    def write(self, folder: str) -> list[str]:
+        """In a thread of its own, so that the next step need not wait for it."""
+        return self.rank.write(folder)
 
     def load(self, folder: str) -> None:
         self.rank.load(folder)
@@ -252,7 +258,8 @@ class RayLearner:
     """All ranks together, as one PolicyLearner: every call goes to every rank."""
 
     def __init__(self, recipe: Recipe, environment: Mapping[str, str]) -> None:
-        actor_class = ray.remote(LearnerActor).options(
+        # All else stays in the one thread of the default group.
+        actor_class = ray.remote(concurrency_groups={WRITING: 1})(LearnerActor).options(
             num_cpus=recipe.learner.cpus_per_rank,
             num_gpus=recipe.learner.gpus_per_rank,
             runtime_env={"env_vars": dict(environment)},
@@ -298,8 +305,12 @@ class RayLearner:
             version=version, num_bytes=num_bytes, checksum=checksum, location=parts[0][1]
         )
 
-    async def save(self, folder: Path) -> None:
-        await self._all([rank.save.remote(str(folder)) for rank in self._ranks])
+    async def snapshot(self) -> None:
+        await self._all([rank.snapshot.remote() for rank in self._ranks])
+
+    async def write(self, folder: Path) -> list[str]:
+        files = await self._all([rank.write.remote(str(folder)) for rank in self._ranks])
+        return [file for of_rank in files for file in of_rank]
 
     async def load(self, folder: Path) -> None:
         await self._all([rank.load.remote(str(folder)) for rank in self._ranks])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -21,7 +21,6 @@ from orchestration.checkpoint import (
     encoded_state,
     latest_checkpoint,
     load_checkpoint,
-    save_checkpoint,
 )
 from orchestration.config import Recipe
 from orchestration.display import Display
@@ -33,6 +32,7 @@ from orchestration.progress import Progress, Schedule
 from orchestration.roles import Roles, local_recipe, started_roles
 from orchestration.run_directory import RunDirectory, RunStatus, RunSummary, write_json
 from orchestration.run_inputs import RunInputs, read_inputs
+from orchestration.saving import CheckpointReport, CheckpointSaver
 from orchestration.stage import WaitingRows
 from orchestration.stops import StopSignals
 from orchestration.telemetry import ClockedEngine, PhaseClock, Telemetry
@@ -66,8 +66,8 @@ class _Run:
         self._before: Mapping[str, object] | None = None
         self._after: Mapping[str, object] | None = None
         self._progress = inputs.progress()
+        self._logged_step: Callable[[], int] = lambda: self._progress.step
         self._replaced: Mapping[str, int] = {}
-        self._saved_step = self._progress.step
         self._stops = StopSignals(display.message)
 
     async def train(self) -> int:
@@ -171,13 +171,24 @@ class _Run:
         if self._inputs.state is not None:
             await self._continue_from_checkpoint(roles)
         before = await self._evaluate_before(roles)
-        with self._clock.phase("train"):
-            complete = await self._drive(roles)
-        if complete and self._inputs.held_out:
-            after = await self._evaluated(roles, "after", self._progress.step)
-            self._after = after.as_json()
-            self._display.evaluation("held-out prompts", after, before)
+        async with CheckpointSaver.opened(
+            self._run.path,
+            roles.learner,
+            self._recipe.checkpoint,
+            step=self._progress.step,
+            on_saved=self._saved,
+        ) as saver:
+            with self._clock.phase("train"):
+                complete = await self._drive(roles, saver)
+            if complete and self._inputs.held_out:
+                after = await self._evaluated_since(roles, saver, "after", self._progress)
+                self._after = after.as_json()
+                self._display.evaluation("held-out prompts", after, before)
         return complete
+
+    def _saved(self, report: CheckpointReport) -> None:
+        # Under the last step that was logged: trackers take no older one.
+        self._telemetry.log(self._logged_step(), report.metrics())
 
     async def _continue_from_checkpoint(self, roles: Roles) -> None:
         assert self._inputs.resume is not None
@@ -221,16 +232,27 @@ class _Run:
         self._telemetry.log(step, report.metrics())
         return report
 
-    async def _drive(self, roles: Roles) -> bool:
+    async def _evaluated_since(
+        self, roles: Roles, saver: CheckpointSaver, label: str, progress: Progress
+    ) -> EvalReport:
+        """An evaluation of a step of this run, which may be the best so far."""
+        report = await self._evaluated(roles, label, progress.step)
+        await saver.evaluated(
+            progress.step, report, save=lambda: self._save(roles, saver, progress)
+        )
+        return report
+
+    async def _drive(self, roles: Roles, saver: CheckpointSaver) -> bool:
         recipe = self._recipe
 
         async def evaluate_during(step: int) -> None:
-            report = await self._evaluated(roles, f"step {step}", step)
+            report = await self._evaluated_since(roles, saver, f"step {step}", driver.progress)
             self._display.evaluation(f"held-out prompts, step {step}", report)
 
         async def checkpoint(progress: Progress) -> None:
             self._progress = progress
-            await self._save(roles, progress)
+            if progress.step > saver.step:  # a stop right behind a checkpoint asks for it again
+                await self._save(roles, saver, progress)
 
         driver = Driver(
             schedule=_schedule(recipe),
@@ -251,6 +273,7 @@ class _Run:
             checkpoint=checkpoint,
             scorer_metrics=roles.scorer_metrics,
         )
+        self._logged_step = lambda: driver.progress.step
         self._stops.polite = driver.request_stop
         self._display.phase("training")
         try:
@@ -258,28 +281,24 @@ class _Run:
         except BaseException as raised:
             self._progress = driver.progress
             if driver.is_between_steps and not isinstance(_root(raised), asyncio.CancelledError):
-                await self._rescue(roles)
+                await self._rescue(roles, saver)
             raise
         finally:
             self._stops.polite = None
             self._progress = driver.progress
             self._replaced = roles.num_replaced
 
-    async def _rescue(self, roles: Roles) -> None:
+    async def _rescue(self, roles: Roles, saver: CheckpointSaver) -> None:
         """Something else than the learner failed: keep what it has learnt, if it still answers."""
-        if self._progress.step > self._saved_step:
+        if self._progress.step > saver.step:
             with suppress(CoveyError, OSError):
-                await self._save(roles, self._progress)
+                await self._save(roles, saver, self._progress)
+                await saver.finished()
                 self._display.message(f"saved a checkpoint of step {self._progress.step}")
 
-    async def _save(self, roles: Roles, progress: Progress) -> None:
-        if progress.step == 0:
-            return  # nothing was learnt that the model on disk does not hold
+    async def _save(self, roles: Roles, saver: CheckpointSaver, progress: Progress) -> None:
         with self._clock.phase("checkpoint"):
-            await save_checkpoint(
-                self._run.path,
-                progress.step,
-                roles.learner,
+            await saver.save(
                 DriverState(
                     step=progress.step,
                     version=progress.version,
@@ -293,10 +312,8 @@ class _Run:
                     wall_s=dict(self._clock.totals),
                     tokens={"generated": progress.num_tokens},
                 ),
-                keep=self._recipe.checkpoint.keep,
-                others=_others(roles, WaitingRows(progress.stage_rows)),
+                _others(roles, WaitingRows(progress.stage_rows)),
             )
-        self._saved_step = progress.step
 
     def _summary(self, status: RunStatus, cause: str | None) -> RunSummary:
         return RunSummary(

@@ -137,8 +137,11 @@ class LocalLearner:
             location=bundle,
         )
 
-    async def save(self, folder: Path) -> None:
-        await self._call(lambda: self._rank.save(str(folder)))
+    async def snapshot(self) -> None:
+        await self._call(self._rank.snapshot)
+
+    async def write(self, folder: Path) -> list[str]:
+        return await asyncio.to_thread(self._rank.write, str(folder))  # beside other calls
 
     async def load(self, folder: Path) -> None:
         await self._call(lambda: self._rank.load(str(folder)))

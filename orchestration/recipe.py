@@ -99,7 +99,13 @@ class CheckpointConfig(Schema):
     """When the training state is saved."""
 
     every: int = Field(50, ge=0, description="steps; 0: at the end and on Ctrl-C only")
-    keep: int = Field(2, ge=1, description="checkpoints that stay on disk")
+    keep: int = Field(2, ge=1, description="newest checkpoints that stay on disk")
+    keep_best: int = Field(
+        1,
+        ge=0,
+        description="checkpoints that stay for the highest pass@1 on data.evaluation, each saved "
+        "when its step is evaluated; 0: none",
+    )
 
 
 class ReplayConfig(Schema):

@@ -26,7 +26,7 @@ def resolve_resume(argument: str, output: Path) -> ResumePoint:
     named = [Path(argument), output / argument]
     path = next((path.resolve() for path in named if path.is_dir()), None)
     if path is None:
-        raise UserError(f"--resume {argument}: there is no such run. {_known_runs(output)}")
+        raise UserError(f"--resume {argument}: there is no such run. {known_runs(output)}")
     if path.parent.name == CHECKPOINTS:
         damage = find_damage(path, checksums=False)
         if damage is not None:
@@ -78,7 +78,8 @@ def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]
     return flat
 
 
-def _known_runs(output: Path) -> str:
+def known_runs(output: Path) -> str:
+    """For the answer to a run that is not there."""
     runs = sorted(path.parent.parent.name for path in output.glob(f"*/{CHECKPOINTS}/{LATEST_FILE}"))
     if not runs:
         return f"No run in {output} has a checkpoint"

@@ -6,7 +6,7 @@ The only place that knows both sides: above it there are Protocols, below it act
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,9 @@ WORKER_RETRIES = 3
 class Learner(StepLearner, Protocol):
     """A learner that can also be checkpointed and ended."""
 
-    async def save(self, folder: Path) -> None: ...
+    async def snapshot(self) -> None: ...
+
+    async def write(self, folder: Path) -> Sequence[str]: ...
 
     async def load(self, folder: Path) -> None: ...
 

@@ -19,7 +19,11 @@ from orchestration.run_directory import CONFIG_FILE
 from orchestration.yaml_source import read_yaml
 from rollout_workers.tokenization import Tokenization
 
-FREE_TO_CHANGE = frozenset({"steps", "checkpoint", "evaluation", "alarms", "trackers", "output"})
+# Sections and settings; a checkpoint does not depend on how the learner is cut into ranks.
+FREE_TO_CHANGE = frozenset(
+    {"steps", "checkpoint", "evaluation", "alarms", "trackers", "output"}
+    | {"learner.ranks", "learner.zero_stage", "learner.backend"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

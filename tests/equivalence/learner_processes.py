@@ -19,7 +19,14 @@ from grpo.types import MeasureRequest, TrainBatch, TrainRow
 from learner import policy
 from learner.config import LearnerConfig
 from learner.rank import LearnerRank
-from tests.unit.learner_cases import VOCABULARY, batch_of, overflowing_row, random_rows, rank_of
+from tests.unit.learner_cases import (
+    VOCABULARY,
+    batch_of,
+    overflowing_row,
+    random_rows,
+    rank_of,
+    save,
+)
 from tests.unit.learner_objectives import MEASURE_NAMES, WHOLE_GROUPS
 
 Case = Callable[..., "Outcome"]
@@ -59,7 +66,7 @@ def run_case(config: LearnerConfig, *, model: str, rank: int, master: str, folde
     outcome = Outcome()
     learner = rank_of(model, config, rank=rank, master=master)
     outcome.metrics.append(dict(learner.train(first).metrics))
-    learner.save(str(folder))
+    save(learner, folder)
     outcome.metrics.append(dict(learner.train(second).metrics))
     outcome.log_probs = learner.log_probs(random_rows(5, seed=1))
     outcome.image = image_of(learner)
@@ -96,7 +103,7 @@ def run_whole_groups(
         else:
             outcome.metrics.append(dict(learner.train(batch_of(rows[:11], rows[11:])).metrics))
             outcome.metrics.append(dict(learner.train(stage).metrics))
-            learner.save(str(folder))
+            save(learner, folder)
         found = learner.measure(request)
         outcome.answers = {
             name: [[stream.tolist() for stream in group] for group in of_name]

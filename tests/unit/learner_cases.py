@@ -20,12 +20,12 @@ GRPO = {"name": "grpo", "num_generations": 4}
 EVERYTHING = {"name": "grpo", "num_generations": 4, "beta": 0.1, "entropy_coef": 0.01}
 
 
-def write_model(folder: Path, *, tied: bool = True, seed: int = 0) -> str:
+def write_model(folder: Path, *, tied: bool = True, seed: int = 0, hidden_size: int = 32) -> str:
     """A two-layer Qwen2 with weights large enough for sharp distributions."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -126,3 +126,9 @@ def rank_of(
     )
     learner.start()
     return learner
+
+
+def save(learner: LearnerRank, folder: Path) -> None:
+    """Both halves of a checkpoint, one after the other."""
+    learner.snapshot()
+    learner.write(str(folder))

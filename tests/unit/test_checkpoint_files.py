@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from orchestration.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     read_driver_state,
-    save_checkpoint,
 )
+from tests.unit.checkpoint_cases import FileLearner, names, save, saved
 
 STATE = DriverState(
     step=5,
@@ -34,86 +35,62 @@ STATE = DriverState(
 )
 
 
-class FileLearner:
-    """A learner whose whole state is one file; it refuses a folder that is not empty."""
-
-    def __init__(self, weights: bytes = b"w" * 1000) -> None:
-        self.weights = weights
-
-    async def save(self, folder: Path) -> None:
-        assert list(folder.iterdir()) == []
-        (folder / "huggingface").mkdir()
-        (folder / "huggingface" / "model.safetensors").write_bytes(self.weights)
-
-    async def load(self, folder: Path) -> None:
-        self.weights = (folder / "huggingface" / "model.safetensors").read_bytes()
-
-
 class DistantLearner(FileLearner):
     """Writes to the disk of another machine."""
 
-    async def save(self, folder: Path) -> None:
-        pass
+    async def write(self, folder: Path) -> Sequence[str]:
+        return ["learner/rank_0.safetensors"]
 
 
 class DyingLearner(FileLearner):
     """Is lost after half of its files."""
 
-    async def save(self, folder: Path) -> None:
-        await super().save(folder)
+    async def write(self, folder: Path) -> Sequence[str]:
+        await super().write(folder)
         raise ConnectionError("the learner is gone")
 
 
-def save(run: Path, step: int, *, keep: int = 2, learner: FileLearner | None = None) -> Path:
-    state = DriverState(step=step, version=step, seed=0, next_group=8 * step)
-    report = asyncio.run(save_checkpoint(run, step, learner or FileLearner(), state, keep=keep))
-    return report.path
-
-
-def names(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
-
-
 def test_a_checkpoint_brings_back_learner_and_driver(tmp_path: Path) -> None:
-    report = asyncio.run(save_checkpoint(tmp_path, 5, FileLearner(b"abc"), STATE, keep=1))
+    save(tmp_path, 5, learner=FileLearner(b"abc"), state=STATE)
+    path = tmp_path / "checkpoints" / "step_5"
     other = FileLearner(b"")
-    assert asyncio.run(load_checkpoint(report.path, other)) == STATE
+    assert asyncio.run(load_checkpoint(path, other, {})) == STATE
     assert other.weights == b"abc"
-    assert report.num_files == 2
-    assert latest_checkpoint(tmp_path) == report.path
+    assert latest_checkpoint(tmp_path) == path
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_5\n"
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (8, 9, 10, 11):
-        save(tmp_path, step, keep=2)
+    save(tmp_path, 8, 9, 10, 11, keep=2)
     assert names(tmp_path) == ["latest", "step_10", "step_11"]
 
 
 def test_a_save_that_fails_leaves_the_checkpoint_before_it_in_force(tmp_path: Path) -> None:
-    before = save(tmp_path, 1, keep=1)
-    with pytest.raises(ConnectionError):
-        save(tmp_path, 2, keep=1, learner=DyingLearner())
+    before = saved(tmp_path, 1, keep=1)
+    with pytest.raises(ExceptionGroup) as caught:
+        saved(tmp_path, 2, keep=1, learner=DyingLearner())
+    assert caught.group_contains(ConnectionError, match="the learner is gone")
     assert latest_checkpoint(tmp_path) == before
     save(tmp_path, 2, keep=1)
     assert names(tmp_path) == ["latest", "step_2"]  # the half-written draft is gone
 
 
 def test_a_learner_whose_files_do_not_arrive_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(Fatal, match="that all nodes share"):
-        save(tmp_path, 1, learner=DistantLearner())
+    with pytest.raises(ExceptionGroup) as caught:
+        saved(tmp_path, 1, learner=DistantLearner())
+    assert caught.group_contains(Fatal, match="that all nodes share")
     assert latest_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize("torn", ["manifest.json", "driver_state.json"])
 def test_a_torn_checkpoint_is_passed_over_for_an_older_whole_one(tmp_path: Path, torn: str) -> None:
-    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    older, newer = saved(tmp_path, 1), saved(tmp_path, 2)
     (newer / torn).unlink()
     assert latest_checkpoint(tmp_path) == older
 
 
 def test_a_file_that_was_cut_short_is_noticed_by_its_size(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
+    path = saved(tmp_path, 1)
     (path / "huggingface" / "model.safetensors").write_bytes(b"w" * 999)
     assert "999 bytes instead of 1000" in str(find_damage(path, checksums=False))
     assert latest_checkpoint(tmp_path) is None
@@ -122,31 +99,30 @@ def test_a_file_that_was_cut_short_is_noticed_by_its_size(tmp_path: Path) -> Non
 def test_changed_contents_of_the_same_size_are_noticed_before_the_learner_loads(
     tmp_path: Path,
 ) -> None:
-    path = save(tmp_path, 1)
+    path = saved(tmp_path, 1)
     (path / "huggingface" / "model.safetensors").write_bytes(b"v" + b"w" * 999)
     assert find_damage(path, checksums=False) is None
     learner = FileLearner(b"untouched")
     with pytest.raises(UserError, match=r"contents of huggingface/model.safetensors"):
-        asyncio.run(load_checkpoint(path, learner))
+        asyncio.run(load_checkpoint(path, learner, {}))
     assert learner.weights == b"untouched"
 
 
 def test_a_crash_between_rename_and_marker_still_finds_the_checkpoint(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
+    path = saved(tmp_path, 1)
     (tmp_path / "checkpoints" / "latest").unlink()
     assert latest_checkpoint(tmp_path) == path
 
 
 def test_the_marker_decides_between_whole_checkpoints(tmp_path: Path) -> None:
-    older, _ = save(tmp_path, 1), save(tmp_path, 2)
+    older, _ = saved(tmp_path, 1), saved(tmp_path, 2)
     (tmp_path / "checkpoints" / "latest").write_text("step_1\n")
     assert latest_checkpoint(tmp_path) == older
 
 
 def test_going_on_from_an_older_checkpoint_abandons_the_later_ones(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        save(tmp_path, step, keep=3)
-    path = save(tmp_path, 2, keep=3, learner=FileLearner(b"second life"))
+    save(tmp_path, 1, 2, 3, keep=3)
+    path = saved(tmp_path, 2, keep=3, learner=FileLearner(b"second life"))
     assert names(tmp_path) == ["latest", "step_1", "step_2"]
     assert (path / "huggingface" / "model.safetensors").read_bytes() == b"second life"
     assert latest_checkpoint(tmp_path) == path
@@ -157,7 +133,7 @@ def test_a_run_without_checkpoints_has_no_latest_one(tmp_path: Path) -> None:
 
 
 def test_a_state_of_another_format_is_refused_and_not_guessed_at(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
+    path = saved(tmp_path, 1)
     data = json.loads((path / "driver_state.json").read_text())
     (path / "driver_state.json").write_text(json.dumps(data | {"format": 99}))
     with pytest.raises(UserError, match="format 99"):

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
 
 from grpo.errors import UserError
-from orchestration.checkpoint import DriverState, save_checkpoint
 from orchestration.resume import ResumePoint, require_same_recipe, resolve_resume
-
-
-class NoLearner:
-    """Has nothing to save."""
-
-    async def save(self, folder: Path) -> None:
-        (folder / "weights").write_bytes(b"w")
-
-    async def load(self, folder: Path) -> None:
-        pass
+from tests.unit.checkpoint_cases import FILE, save
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     run = tmp_path / "runs" / "demo-20260304-050607"
-    for step in (1, 2):
-        state = DriverState(step=step, version=step, seed=0, next_group=step)
-        asyncio.run(save_checkpoint(run, step, NoLearner(), state, keep=2))
+    save(run, 1, 2)
     return run
 
 
@@ -55,8 +42,8 @@ def test_a_run_without_checkpoint_says_what_to_do(run: Path) -> None:
 
 def test_a_damaged_checkpoint_that_was_named_is_not_replaced_by_another(run: Path) -> None:
     named = run / "checkpoints" / "step_1"
-    (named / "weights").write_bytes(b"")
-    with pytest.raises(UserError, match="0 bytes instead of 1"):
+    (named / FILE).write_bytes(b"")
+    with pytest.raises(UserError, match="0 bytes instead of 1000"):
         resolve_resume(str(named), run.parent)
 
 

@@ -22,6 +22,7 @@ from tests.unit.learner_cases import (
     overflowing_row,
     random_rows,
     rank_of,
+    save,
     torch_config,
     write_model,
 )
@@ -179,7 +180,7 @@ def test_resumed_training_equals_uninterrupted_training(model: str, tmp_path: Pa
     rows = random_rows(8)
     learner = rank_of(model, config)
     learner.train(batch_of(rows))
-    learner.save(str(tmp_path))
+    save(learner, tmp_path)
     learner.train(batch_of(rows, step=1))
     resumed = rank_of(model, config)
     resumed.load(str(tmp_path))
@@ -217,7 +218,7 @@ def test_published_weights_load_into_transformers(tmp_path: Path, tied: bool) ->
     original = load_file(tmp_path / "model" / "model.safetensors")
     assert weights.keys() == original.keys()
     assert ("lm_head.weight" in weights) is not tied
-    learner.save(str(tmp_path / "step"))
+    save(learner, tmp_path / "step")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "step" / "huggingface")
     state = exported.state_dict()
     assert all(torch.equal(state[name], weight) for name, weight in weights.items())
@@ -229,7 +230,7 @@ def test_published_weights_load_into_transformers(tmp_path: Path, tied: bool) ->
 
 
 def test_export_holds_the_tokenizer_of_the_source(model: str, tmp_path: Path) -> None:
-    rank_of(model, torch_config(dtype="bfloat16")).save(str(tmp_path))
+    save(rank_of(model, torch_config(dtype="bfloat16")), tmp_path)
     folder = tmp_path / "huggingface"
     assert AutoTokenizer.from_pretrained(folder)("ha")["input_ids"] == [9, 2]
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16

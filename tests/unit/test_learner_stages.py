@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from grpo.errors import Fatal
@@ -19,7 +18,7 @@ from learner.policy import load_policy
 from learner.rank import LearnerRank
 from learner.reference import Reference
 from learner.weights import named_weights
-from tests.unit.learner_cases import batch_of, random_rows, rank_of, torch_config, write_model
+from tests.unit.learner_cases import batch_of, random_rows, rank_of, save, torch_config, write_model
 from tests.unit.learner_objectives import PLAIN, REGRESSION, WHOLE_GROUPS
 
 CPU = torch.device("cpu")
@@ -59,22 +58,17 @@ def weights_of(model: str, value: float) -> dict[str, Tensor]:
     return {name: torch.full_like(w, value) for name, w in named_weights(policy.model).items()}
 
 
-def saved(reference: Reference, folder: Path) -> dict[str, Tensor]:
-    reference.save(folder)
-    return load_file(folder / "reference.safetensors")
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_reference_is_a_moving_average(model: str, tmp_path: Path, dtype: str) -> None:
+def test_the_reference_is_a_moving_average(model: str, dtype: str) -> None:
     reference = reference_of(model, dtype=dtype, value=1.0)
     reference.follow([weights_of(model, 2.0)], decay=0.995)
-    for average in saved(reference, tmp_path).values():
+    for average in reference.copied().values():
         assert average.dtype == torch.float32
         assert average.flatten()[0].item() == pytest.approx(1.005, abs=1e-6)
     # In bfloat16 none of these steps would have moved the weight: its spacing at 1 is 1 / 128.
     reference.follow([weights_of(model, 2.0)], decay=0.995)
     reference.follow([weights_of(model, 2.0)], decay=0.995)
-    for average in saved(reference, tmp_path).values():
+    for average in reference.copied().values():
         assert average.flatten()[0].item() == pytest.approx(2 - 0.995**3, abs=1e-6)
 
 
@@ -130,10 +124,10 @@ def test_a_stage_leaves_the_scalar_and_the_reference_alone(model: str, tmp_path:
     learner = rank_of(model, torch_config(), objective=WHOLE_GROUPS)
     rows = random_rows(4)
     before = learner.train(batch_of(rows)).metrics["length_preference"]
-    learner.save(str(tmp_path / "before"))
+    save(learner, tmp_path / "before")
     metrics = learner.train(replace(batch_of(rows), is_stage=True)).metrics
     assert "length_preference" not in metrics
-    learner.save(str(tmp_path / "after"))
+    save(learner, tmp_path / "after")
     states = [
         (tmp_path / name / "learner" / "reference.safetensors").read_bytes()
         for name in ("before", "after")
@@ -184,7 +178,7 @@ def test_resumed_training_finds_scalar_and_reference_where_they_were(
     learner = rank_of(model, config, objective=WHOLE_GROUPS)
     for step in range(2):
         learner.train(batch_of(rows[:4], rows[4:], step=step))
-    learner.save(str(tmp_path))
+    save(learner, tmp_path)
     expected = learner.train(batch_of(rows, step=2)).metrics
     resumed = rank_of(model, config, objective=WHOLE_GROUPS)
     resumed.load(str(tmp_path))

@@ -1,0 +1,150 @@
+"""Copies the model out of a checkpoint into a folder of its own, and says where it came from.
+
+Refuses to know what a model's files mean: the learner wrote them (learner/weights.py).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from grpo.errors import UserError
+from orchestration.best import BEST_FILE
+from orchestration.checkpoint import (
+    CHECKPOINTS,
+    LATEST_FILE,
+    checkpoint_folder,
+    find_damage,
+    latest_checkpoint,
+    marked_step,
+    whole_steps,
+)
+from orchestration.resume import known_runs
+from orchestration.run_directory import CONFIG_FILE, METRICS_FILE, write_json
+from orchestration.yaml_source import read_yaml
+
+MODEL_FOLDER = "huggingface"  # in a checkpoint
+ORIGIN_FILE = "covey_origin.json"
+RUNS = Path("runs")  # where a recipe without `output` makes its runs
+# How long things took says nothing about the model.
+_NOT_OF_THE_MODEL = ("timing_s/", "idle/", "perf/", "checkpoint/")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where an exported model comes from; the content of its covey_origin.json."""
+
+    run: str  # the name of its folder
+    step: int
+    model: object  # that the run began with
+    algorithm: object  # name and settings
+    metrics: dict[str, float]  # of this step, evaluations included
+
+
+def export_model(run_name: str, step_name: str, target: Path, *, force: bool) -> Origin:
+    """Copy the model of one step into `target`; it appears whole or not at all."""
+    run = _run_folder(run_name)
+    step = _step(run, step_name)
+    folder = checkpoint_folder(run, step)
+    damage = find_damage(folder, checksums=True, below=f"{MODEL_FOLDER}/")
+    if damage is not None:
+        raise UserError(f"checkpoint {folder} is damaged: {damage}. {_choice(run)}")
+    _refuse_occupied(target, force=force)
+    origin = _origin(run, step)
+    draft = target.with_name(f".{target.name}.draft")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(folder / MODEL_FOLDER, draft)
+        write_json(draft / ORIGIN_FILE, asdict(origin))
+        if target.is_dir():
+            shutil.rmtree(target)
+        draft.rename(target)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise UserError(f"cannot copy {folder / MODEL_FOLDER} to {target}: {error}") from error
+    return origin
+
+
+def _run_folder(name: str) -> Path:
+    for path in (Path(name), RUNS / name):
+        if (path / CONFIG_FILE).is_file():
+            return path.resolve()
+    raise UserError(f"{name}: there is no such run. {known_runs(RUNS)}")
+
+
+def _step(run: Path, name: str) -> int:
+    if name == "latest":
+        folder = latest_checkpoint(run)
+        step = None if folder is None else int(folder.name.rpartition("_")[2])
+    elif name == "best":
+        step = marked_step(run, BEST_FILE)
+        if step is None and whole_steps(run):
+            raise UserError(
+                f"{run} has no best checkpoint: a run has one if it evaluates (data.evaluation) "
+                f"and keeps it (checkpoint.keep_best). {_choice(run)}"
+            )
+    elif name.isdigit():
+        step = int(name)
+    else:
+        raise UserError(f"STEP is {name!r}; expected a number, latest or best. {_choice(run)}")
+    if step is None or step not in whole_steps(run):
+        raise UserError(f"{run} has no complete checkpoint of step {name}. {_choice(run)}")
+    return step
+
+
+def _choice(run: Path) -> str:
+    """Which steps there are, and what they are called."""
+    marks: dict[int | None, list[str]] = {}
+    for marker in (LATEST_FILE, BEST_FILE):
+        marks.setdefault(marked_step(run, marker), []).append(marker)
+    steps = [
+        f"{step} ({', '.join(marks[step])})" if step in marks else str(step)
+        for step in whole_steps(run)
+    ]
+    return f"Steps in {run / CHECKPOINTS}: {', '.join(steps) or 'none'}"
+
+
+def _refuse_occupied(target: Path, *, force: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"DIR is {target}, which is a file; expected a new or an empty folder")
+    if not any(target.iterdir()):
+        return
+    if not force:
+        raise UserError(
+            f"DIR is {target}, which is not empty; name a new folder, or replace this one with "
+            "--force"
+        )
+    if not (target / "config.json").is_file() or not any(target.glob("*.safetensors")):
+        raise UserError(
+            f"--force would delete {target}, which holds no model (config.json, *.safetensors); "
+            "remove it yourself, or name a new folder"
+        )
+
+
+def _origin(run: Path, step: int) -> Origin:
+    recipe = read_yaml(run / CONFIG_FILE).data
+    return Origin(
+        run=run.name,
+        step=step,
+        model=recipe["model"],
+        algorithm=recipe["algorithm"],
+        metrics=_metrics_at(run / METRICS_FILE, step),
+    )
+
+
+def _metrics_at(file: Path, step: int) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            # A line without an end is being written, or was when the process died.
+            if line.startswith(f'{{"step":{step},') and line.endswith("\n"):
+                metrics |= json.loads(line)
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name != "step" and value is not None and not name.startswith(_NOT_OF_THE_MODEL)
+    }
