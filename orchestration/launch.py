@@ -16,6 +16,7 @@ from pathlib import Path
 
 from grpo.engines import Checkpointed
 from grpo.errors import CoveyError, Fatal, UserError
+from orchestration.batch_files import drop_earlier, drop_later
 from orchestration.checkpoint import (
     DriverState,
     encoded_state,
@@ -30,8 +31,16 @@ from orchestration.evaluation import EvalReport, evaluate
 from orchestration.group_task import GroupRecipe
 from orchestration.journal import RunJournal
 from orchestration.progress import Progress, Schedule
+from orchestration.recording import RecordingLearner
+from orchestration.resume import oldest_start
 from orchestration.roles import Roles, local_recipe, started_roles
-from orchestration.run_directory import RunDirectory, RunStatus, RunSummary, write_json
+from orchestration.run_directory import (
+    RunDirectory,
+    RunStatus,
+    RunSummary,
+    version_changes,
+    write_json,
+)
 from orchestration.run_inputs import RunInputs, read_inputs
 from orchestration.stage import WaitingRows
 from orchestration.stops import StopSignals
@@ -105,7 +114,8 @@ class _Run:
         if self._inputs.resume is not None:
             path = self._inputs.resume.run
             run = RunDirectory.reopen(path, step=self._progress.step)
-            for change in run.version_changes(self._versions):
+            drop_later(path, self._progress.step)
+            for change in version_changes(path, self._versions):
                 self._display.message(f"software changed since this run began: {change}")
         else:
             run = RunDirectory.create(
@@ -242,7 +252,12 @@ class _Run:
                 tokenizer=self._inputs.tokenization,
                 scorers=roles.scorers,
             ),
-            learner=roles.learner,
+            learner=RecordingLearner(
+                roles.learner,
+                self._run.path,
+                total_steps=recipe.steps,
+                keeps_all=recipe.checkpoint.record_batches,
+            ),
             prompt_at=self._inputs.prompts.at,
             journal=self._journal,
             waits=self._waits,
@@ -296,6 +311,8 @@ class _Run:
                 keep=self._recipe.checkpoint.keep,
                 others=_others(roles, WaitingRows(progress.stage_rows)),
             )
+            start = oldest_start(self._run.path, keep=self._recipe.checkpoint.keep)
+            drop_earlier(self._run.path, start)
         self._saved_step = progress.step
 
     def _summary(self, status: RunStatus, cause: str | None) -> RunSummary:

@@ -95,6 +95,12 @@ class CheckpointConfig(Schema):
 
     every: int = Field(50, ge=0, description="steps; 0: at the end and on Ctrl-C only")
     keep: int = Field(2, ge=1, description="checkpoints that stay on disk")
+    record_batches: bool = Field(
+        True,
+        description="keep what the learner was given since the oldest of these checkpoints, for "
+        "covey replay: about 30 bytes a token, 1 % of a step or less; a batch that ends the run "
+        "is kept either way",
+    )
 
 
 class ReplayConfig(Schema):
