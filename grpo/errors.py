@@ -45,6 +45,13 @@ class Fatal(CoveyError):
 class NonFinite(Fatal):
     """A loss or gradient that is no number; raised before the optimiser moves."""
 
+    # Group, rollout and completion token at fault, where they are known; pickled with the rest.
+    place: tuple[int, int, int] | None = None
+
+
+class OutOfMemory(Fatal):
+    """The learner's device has no room; the message says which budget to lower."""
+
 
 class WeightMismatch(Fatal):
     """Rollout engine and learner do not hold the same policy."""

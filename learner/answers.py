@@ -78,11 +78,12 @@ def _rows(
     """The rows of this rank's group in order; every rank runs all its micro-batches."""
     found: dict[int, MeasuredRow] = {}
     for block in micro_batches:
-        outputs = list(
-            trainee.backend.forward(
-                block, with_entropy=Signal.ENTROPY in needs, with_hidden=Signal.HIDDEN in needs
+        with trainee.room_for(block, "measuring pass"):
+            outputs = list(
+                trainee.backend.forward(
+                    block, with_entropy=Signal.ENTROPY in needs, with_hidden=Signal.HIDDEN in needs
+                )
             )
-        )
         log_probs = outputs.pop(0)
         entropy = outputs.pop(0) if Signal.ENTROPY in needs else None
         hidden = outputs.pop(0).float() if Signal.HIDDEN in needs else None

@@ -1,4 +1,4 @@
-"""The per-token streams of a micro-batch as an objective reads them, and which is no number.
+"""The per-token streams of a micro-batch as an objective reads them.
 
 Refuses to know the backend and what becomes of the loss. N tokens.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo.objective import LossInputs
-from grpo.types import Origin, TrainRow
+from grpo.types import Origin
 from learner.packing import Block
 
 
@@ -50,28 +50,3 @@ def inputs_of(
         row=block.row.to(device),
         num_rows=len(rows),
     )
-
-
-def non_finite_cause(inputs: LossInputs, rows: Sequence[TrainRow], loss: float) -> str:
-    """Which number of which token spoilt the loss, as far as it can be told."""
-    streams = {
-        "weight": inputs.weights,
-        "advantage": inputs.advantages,
-        "policy weight": inputs.policy_weights,
-        "log-probability of the rollout engine": inputs.behaviour_log_probs,
-        "log-probability of the reference": inputs.reference_log_probs,
-        "log-probability of the policy": inputs.log_probs,
-        "entropy": inputs.entropy,
-    }
-    for name, values in streams.items():
-        bad = [] if values is None else (~torch.isfinite(values)).nonzero().flatten().tolist()
-        if values is not None and bad:
-            row = int(inputs.row[bad[0]])
-            token = int((inputs.row[: bad[0]] == row).sum())
-            return (
-                f"the {name} is {values[bad[0]].item()} at completion token {token} of rollout "
-                f"{rows[row].index} of group {rows[row].group} (and of {len(bad) - 1} more tokens "
-                f"of its micro-batch), so the loss is {loss}"
-            )
-    groups = sorted({row.group for row in rows})
-    return f"the loss of groups {groups} is {loss} although every input is finite"

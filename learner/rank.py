@@ -93,6 +93,7 @@ class LearnerRank:
             reference=None if initial is None else self._reference(initial, backend.device),
             scalar=None if learnable is None else Scalar(learnable),
             max_tokens=self._config.max_tokens_per_microbatch,
+            is_checkpointing=self._config.gradient_checkpointing,
             rank=self._rank,
             ranks=self._world_size,
         )
@@ -124,7 +125,7 @@ class LearnerRank:
         """[T] log-probabilities of each row's completion under the current policy."""
         mine: dict[int, list[float]] = {}
         for block in self._trainee.blocks(rows):
-            values = log_probs_of(self._trainee.backend, block).cpu()
+            values = log_probs_of(self._trainee, block).cpu()
             for index, place in enumerate(() if block.is_idle else block.places):
                 mine[place] = values[block.row == index].tolist()
         found = {k: v for part in self._trainee.backend.collect(mine) for k, v in part.items()}

@@ -7,13 +7,13 @@ R rows of an update, N completion tokens of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.errors import NonFinite
 from grpo.group_terms import group_advantages, row_scores, with_advantages, with_row_weights
 from grpo.objective import (
     GroupTerm,
@@ -27,7 +27,16 @@ from grpo.objective import (
 from grpo.scaled_penalties import has_scales, scaled_penalty_sums, with_scales
 from grpo.types import StepReport, TrainBatch, TrainRow
 from learner.backend import Backend
-from learner.inputs import inputs_of, non_finite_cause, stream
+from learner.failures import (
+    Cause,
+    Slope,
+    non_finite_cause,
+    raise_for_gradient,
+    raise_if_any,
+    room_for,
+    steepest,
+)
+from learner.inputs import inputs_of, stream
 from learner.measures import Stopwatch, Tally
 from learner.packing import Block, blocks
 from learner.reference import Reference
@@ -43,12 +52,19 @@ class Trainee:
     reference: Reference | None  # None: nothing of the objective asks for it
     scalar: Scalar | None = None  # of `objective.learnable`
     max_tokens: int  # of one micro-batch
+    is_checkpointing: bool = False  # activations are recomputed in the backward pass
     rank: int
     ranks: int
 
     def blocks(self, rows: Sequence[TrainRow]) -> list[Block]:
         """This rank's micro-batches."""
         return blocks(rows, max_tokens=self.max_tokens, rank=self.rank, ranks=self.ranks)
+
+    def room_for(self, block: Block, phase: str) -> AbstractContextManager[None]:
+        """Says which budget to lower if the block's pass does not fit."""
+        return room_for(
+            block, phase, max_tokens=self.max_tokens, is_checkpointing=self.is_checkpointing
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,6 +76,16 @@ class Update:
     # [N] each: the policy at the start of the step. None: it is the current one, whose own pass
     # is enough.
     proximal: list[Tensor | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Passed:
+    """What the micro-batches of an update leave behind beside their gradient."""
+
+    # [R] the policy loss of this rank's rows before they are weighed, 0 for the others
+    row_losses: Tensor
+    cause: Cause | None  # what is no number
+    slopes: list[Slope]  # to say who is to blame if the gradient is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,20 +106,18 @@ def run_step(trainee: Trainee, batch: TrainBatch, *, learning_rate: float) -> St
     for number, update in enumerate(updates):
         where = f"step {batch.step}, update {number + 1} of {len(updates)}"
         numbers = row_numbers(trainee, update, watch, is_first=number == 0)
-        row_losses, cause = accumulated(trainee, update, numbers, tally, watch)
-        raise_if_any(trainee.backend.collect(cause), where)
+        passed = accumulated(trainee, update, numbers, tally, watch)
+        raise_if_any(trainee.backend.collect(passed.cause), where)
         # Without a token that counts there is no gradient, and the optimiser's momentum of earlier
         # updates must not move the policy (an algorithm that trains in its stage alone).
         is_counted = any(row.weights.any() for row in update.rows)
         with watch.measure("optimizer"):
             norms.append(trainee.backend.step(learning_rate if is_counted else 0.0))
         if not np.isfinite(norms[-1]):
-            raise NonFinite(
-                f"{where}: every loss is finite, but the gradient norm is {norms[-1]}; the "
-                "optimiser has not moved. Lower learning_rate, or resume from an older checkpoint"
-            )
+            found = trainee.backend.collect(steepest(passed.slopes))
+            raise_for_gradient(found, norms[-1], where)
         if trainee.scalar is not None:
-            trainee.scalar.learn(update.rows, trainee.backend.sum_over_ranks(row_losses))
+            trainee.scalar.learn(update.rows, trainee.backend.sum_over_ranks(passed.row_losses))
     with watch.measure("reduce"):
         measured = tally.metrics(trainee.backend, num_updates=len(updates))
     if trainee.scalar is not None:
@@ -123,8 +147,7 @@ def prepared(
             parts = trainee.blocks(rows)
         with watch.measure("proximal"):
             proximal = [
-                None if len(updates) == 1 else log_probs_of(trainee.backend, block)
-                for block in parts
+                None if len(updates) == 1 else log_probs_of(trainee, block) for block in parts
             ]
         seen[key] = Update(rows=rows, blocks=parts, proximal=proximal)
     return [seen[key] for key in plan]
@@ -156,7 +179,7 @@ def present_inputs(
     for block, proximal in zip(update.blocks, update.proximal, strict=True):
         # Before the first update the policy still is the one at the start of the step.
         is_known = is_first and proximal is not None
-        log_probs = proximal if is_known else log_probs_of(trainee.backend, block)
+        log_probs = proximal if is_known else log_probs_of(trainee, block)
         assert log_probs is not None
         if not block.is_idle:
             # Of the loss's signals, a scaled penalty may read the reference.
@@ -183,19 +206,18 @@ def new_advantages(
 
 def accumulated(
     trainee: Trainee, update: Update, numbers: RowNumbers, tally: Tally, watch: Stopwatch
-) -> tuple[Tensor, str | None]:
-    """Run all micro-batches backward.
-
-    Returns the policy loss of this rank's rows before they are weighed, 0 for the others [R], and
-    what is no number.
-    """
+) -> Passed:
+    """Run all micro-batches backward."""
     row_losses = torch.zeros(len(update.rows), dtype=torch.float64, device=trainee.backend.device)
-    cause: str | None = None
+    cause: Cause | None = None
+    slopes: list[Slope] = []
     for number, (block, proximal) in enumerate(zip(update.blocks, update.proximal, strict=True)):
         with watch.measure("reference"):
             reference = reference_log_probs(trainee, block)
-        with watch.measure("forward_backward"):
+        fits = trainee.room_for(block, "forward and backward pass")
+        with watch.measure("forward_backward"), fits:
             inputs = loss_inputs(trainee, block, proximal, reference)
+            note_slope(inputs, block, slopes)
             if numbers.advantages is not None:
                 inputs = with_advantages(inputs, [numbers.advantages[i] for i in block.places])
             if numbers.weights is not None:
@@ -209,13 +231,21 @@ def accumulated(
             # Even a hopeless micro-batch takes part: the other ranks wait for it.
             trainee.backend.backward(loss, is_last=number == len(update.blocks) - 1)
             tally.add(inputs, block.rows, {"loss": loss, **terms})
-    return row_losses, cause
+    return Passed(row_losses=row_losses, cause=cause, slopes=slopes)
+
+
+def note_slope(inputs: LossInputs, block: Block, slopes: list[Slope]) -> None:
+    """Have the backward pass append the gradient by the block's log-probabilities."""
+    inputs.log_probs.register_hook(
+        lambda gradient: slopes.append(Slope(block=block, values=gradient.detach()))
+    )
 
 
 @torch.no_grad()
-def log_probs_of(backend: Backend, block: Block) -> Tensor:
+def log_probs_of(trainee: Trainee, block: Block) -> Tensor:
     """[N] of the block's completion tokens, without gradient."""
-    return backend.forward(block)[0]
+    with trainee.room_for(block, "pass without gradient"):
+        return trainee.backend.forward(block)[0]
 
 
 def reference_log_probs(trainee: Trainee, block: Block) -> Tensor | None:
@@ -226,7 +256,8 @@ def reference_log_probs(trainee: Trainee, block: Block) -> Tensor | None:
     if len(known) == len(block.rows):
         return stream(known, trainee.backend.device)
     assert trainee.reference is not None
-    return trainee.reference.log_probs(block)
+    with trainee.room_for(block, "reference model's pass"):
+        return trainee.reference.log_probs(block)
 
 
 def loss_inputs(
@@ -237,10 +268,3 @@ def loss_inputs(
     outputs = trainee.backend.forward(block, with_entropy=with_entropy)
     entropy = outputs[1] if with_entropy else None
     return inputs_of(block, outputs[0], proximal=proximal, reference=reference, entropy=entropy)
-
-
-def raise_if_any(causes: list[str | None], where: str) -> None:
-    """The same exception on every rank, whichever rank saw the number."""
-    found = [cause for cause in causes if cause is not None]
-    if found:
-        raise NonFinite(f"{where}: {found[0]}; the optimiser has not moved")

@@ -18,6 +18,8 @@ COMMANDS = {
     "describe": "show which function an algorithm has at each point, and its settings",
     "eval": "measure a model on a data set: pass@1, pass@k, mean length",
     "export": "copy the model of a checkpoint, for AutoModelForCausalLM and vLLM",
+    "replay": "recompute a recorded step of a run, and compare it bit for bit",
+    "selftest": "train at rate 0: neither the policy nor the engine's difference may move",
     "preference": "collect answers, train and measure a preference model (WS-GRPO)",
     "judge": "train a small model that judges steps (SGPO), and compare it with the rule",
     "serve-scorer": "answer OpenRLHF's POST /get_reward with a recipe's scorers",

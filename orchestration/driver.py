@@ -36,7 +36,7 @@ from orchestration.progress import Progress, Schedule
 from orchestration.replay import Replay
 from orchestration.training_step import StepLearner, TrainingStep
 from orchestration.waits import Waits
-from orchestration.weight_sync import log_prob_gap, sync_weights
+from orchestration.weight_sync import fresh_agreement, sync_weights
 
 PROBE_GROUP = -1  # group id of the rollouts that only check the weight sync
 PROBE_ROLLOUTS = 4  # about a hundred tokens: a mean over fewer is noisy in bfloat16
@@ -227,14 +227,13 @@ class Driver:
             num_tokens=self._num_sampled,
             stage_rows=learnt.stage_rows,
         )
-        metrics = {**learnt.built.metrics, **learnt.report.metrics, **learnt.metrics}
+        metrics = {**learnt.built.metrics, **learnt.report.metrics, **learnt.metrics, **gap}
         metrics |= staleness(fresh, before.version) | self._replay.metrics(mixed)
         metrics |= await self._scorer_metrics()
         timings["step"] = time.monotonic() - started
         metrics |= {f"timing_s/{phase}": seconds for phase, seconds in timings.items()}
         num_tokens = sum(r.num_tokens for done in fresh for r in done.group.rollouts)
         metrics["perf/throughput"] = num_tokens / timings["step"]
-        metrics["log_prob_gap"] = gap
         self._journal.trained(
             TrainedStep(
                 step=step,
@@ -255,28 +254,33 @@ class Driver:
         )
         return {f"sync/{phase}": seconds for phase, seconds in sync.timings_s.items()}
 
-    async def _checked_gap(self, step: int, version: int, report: StepReport) -> float:
-        """Mean difference between the engine's and the learner's log-probabilities.
+    async def _checked_gap(
+        self, step: int, version: int, report: StepReport
+    ) -> Mapping[str, float]:
+        """How far the engine's and the learner's log-probabilities differ, as metrics.
 
         The learner compares every token of the step that its own version sampled. Where the
         step has none, because all of it is older, a short fresh rollout is compared instead.
         """
+        metrics: Mapping[str, float] = {}
         if report.metrics["log_prob_gap/num_tokens"] > 0:
             gap = report.metrics["log_prob_gap/mean"]
         else:
-            gap = await self._waits.within(
+            found = await self._waits.within(
                 self._schedule.sync_deadline_s,
                 f"check of version {version} with a fresh rollout",
-                log_prob_gap(self._learner, self._common.engine, self._probe(step)),
+                fresh_agreement(self._learner, self._common.engine, self._probe(step)),
             )
+            gap, metrics = found.mean, found.metrics()
         if not gap <= self._schedule.max_log_prob_gap:  # NaN is no agreement
             raise WeightMismatch(
                 f"step {step}: rollout engine and learner differ by {gap:.2e} in the "
                 f"log-probability of a token, on average; alarms.log_prob_gap allows "
                 f"{self._schedule.max_log_prob_gap:g}. In float32 this means that the engine "
-                "does not hold the learner's weights; in bfloat16 up to 1e-2 is healthy"
+                "does not hold the learner's weights; in bfloat16 up to 1e-2 is healthy. "
+                "`covey selftest` tells a fault of the weight sync from one of the models"
             )
-        return gap
+        return {**metrics, "log_prob_gap": gap}
 
     def _probe(self, step: int) -> list[SampleRequest]:
         return [

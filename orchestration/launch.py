@@ -16,6 +16,7 @@ from pathlib import Path
 
 from grpo.engines import Checkpointed
 from grpo.errors import CoveyError, Fatal, UserError
+from orchestration.batch_files import drop_earlier, drop_later
 from orchestration.checkpoint import (
     DriverState,
     encoded_state,
@@ -29,8 +30,16 @@ from orchestration.evaluation import EvalReport, evaluate
 from orchestration.group_task import GroupRecipe
 from orchestration.journal import RunJournal
 from orchestration.progress import Progress, Schedule
+from orchestration.recording import RecordingLearner
+from orchestration.resume import oldest_start
 from orchestration.roles import Roles, local_recipe, started_roles
-from orchestration.run_directory import RunDirectory, RunStatus, RunSummary, write_json
+from orchestration.run_directory import (
+    RunDirectory,
+    RunStatus,
+    RunSummary,
+    version_changes,
+    write_json,
+)
 from orchestration.run_inputs import RunInputs, read_inputs
 from orchestration.saving import CheckpointReport, CheckpointSaver
 from orchestration.stage import WaitingRows
@@ -105,7 +114,8 @@ class _Run:
         if self._inputs.resume is not None:
             path = self._inputs.resume.run
             run = RunDirectory.reopen(path, step=self._progress.step)
-            for change in run.version_changes(self._versions):
+            drop_later(path, self._progress.step)
+            for change in version_changes(path, self._versions):
                 self._display.message(f"software changed since this run began: {change}")
         else:
             run = RunDirectory.create(
@@ -189,6 +199,8 @@ class _Run:
     def _saved(self, report: CheckpointReport) -> None:
         # Under the last step that was logged: trackers take no older one.
         self._telemetry.log(self._logged_step(), report.metrics())
+        start = oldest_start(self._run.path, keep=self._recipe.checkpoint.keep)
+        drop_earlier(self._run.path, start)
 
     async def _continue_from_checkpoint(self, roles: Roles) -> None:
         assert self._inputs.resume is not None
@@ -264,7 +276,12 @@ class _Run:
                 tokenizer=self._inputs.tokenization,
                 scorers=roles.scorers,
             ),
-            learner=roles.learner,
+            learner=RecordingLearner(
+                roles.learner,
+                self._run.path,
+                total_steps=recipe.steps,
+                keeps_all=recipe.checkpoint.record_batches,
+            ),
             prompt_at=self._inputs.prompts.at,
             journal=self._journal,
             waits=self._waits,

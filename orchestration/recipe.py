@@ -106,6 +106,12 @@ class CheckpointConfig(Schema):
         description="checkpoints that stay for the highest pass@1 on data.evaluation, each saved "
         "when its step is evaluated; 0: none",
     )
+    record_batches: bool = Field(
+        True,
+        description="keep what the learner was given since the oldest of the newest checkpoints, "
+        "for covey replay: about 30 bytes a token, 1 % of a step or less; a batch that ends the "
+        "run is kept either way",
+    )
 
 
 class ReplayConfig(Schema):

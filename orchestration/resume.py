@@ -44,6 +44,22 @@ def resolve_resume(argument: str, output: Path) -> ResumePoint:
     return ResumePoint(run=path, checkpoint=checkpoint)
 
 
+def whole_checkpoints(run: Path) -> dict[int, Path]:
+    """The folders of all complete checkpoints by step; contents are not compared."""
+    folders = [path for path in (run / CHECKPOINTS).glob("step_*") if path.name[5:].isdigit()]
+    return {
+        int(path.name[5:]): path for path in folders if find_damage(path, checksums=False) is None
+    }
+
+
+def oldest_start(run: Path, *, keep: int) -> int:
+    """The step of the oldest of the `keep` newest checkpoints; the initial model is one of step 0.
+
+    Checkpoints 50 and 100: 50 with `keep` 2, 0 with 3.
+    """
+    return sorted({0, *whole_checkpoints(run)})[-keep:][0]
+
+
 def require_same_recipe(
     saved: Mapping[str, object], given: Mapping[str, object], *, may_change: frozenset[str]
 ) -> None:

@@ -6,11 +6,12 @@ The only place that knows both sides: above it there are Protocols, below it act
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from grpo.engines import RolloutEngine
 from learner.environment import thread_environment
@@ -22,6 +23,9 @@ from orchestration.training_step import StepLearner
 from orchestration.waits import Waits
 from rollout_workers.environment import engine_environment
 from rollout_workers.worker import RolloutWorker
+
+if TYPE_CHECKING:
+    from orchestration.local import LocalLearner
 
 START_DEADLINE_S = 900.0  # loading a large model from a slow disk
 WORKER_RETRIES = 3
@@ -135,6 +139,33 @@ async def started_roles(
         await make.close()
 
 
+@asynccontextmanager
+async def started_learner(
+    recipe: Recipe, *, on_phase: Callable[[str], None]
+) -> AsyncIterator[Learner]:
+    """The learner without the other roles: in this process if it is one rank, else as actors."""
+    if recipe.learner.ranks == 1:
+        on_phase("starting the learner")
+        local = _local_learner(recipe, asyncio.Lock())
+        await local.start()
+        try:
+            yield local
+        finally:
+            await local.close()
+        return
+    # Imported here: one rank needs no Ray.
+    from orchestration import handles
+
+    on_phase(f"starting Ray and {recipe.learner.ranks} learner ranks")
+    handles.connect(recipe)
+    try:
+        learner = handles.RayLearner(recipe, thread_environment(recipe.learner.cpus_per_rank))
+        await learner.start(_learner_arguments(recipe))
+        yield learner
+    finally:
+        handles.disconnect()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Parts:
     """How one kind of place makes the roles."""
@@ -159,12 +190,10 @@ def _learner_arguments(recipe: Recipe) -> dict[str, Any]:
 
 def _local_parts(recipe: Recipe) -> _Parts:
     # Imported here: a run on a cluster need not load torch into the driver.
-    from learner.rank import LearnerRank
-    from orchestration.local import LocalLearner, LocalRolloutSpawner, LocalScorerSpawner
+    from orchestration.local import LocalRolloutSpawner, LocalScorerSpawner
 
-    rank = LearnerRank(**_learner_arguments(recipe), rank=0, world_size=1, master="127.0.0.1:0")
     loading = asyncio.Lock()
-    learner = LocalLearner(rank, loading)
+    learner = _local_learner(recipe, loading)
     return _Parts(
         rollout_spawner=LocalRolloutSpawner(
             lambda: RolloutWorker(recipe.model, recipe.rollout, recipe.max_model_len), loading
@@ -174,6 +203,18 @@ def _local_parts(recipe: Recipe) -> _Parts:
         start_learner=learner.start,
         close=learner.close,
     )
+
+
+def _local_learner(recipe: Recipe, loading: asyncio.Lock) -> LocalLearner:
+    # Imported here, as above.
+    from learner.rank import LearnerRank
+    from orchestration.local import LocalLearner
+
+    with socket.socket() as probe:  # DeepSpeed opens a port even for one rank
+        probe.bind(("127.0.0.1", 0))
+        master = f"127.0.0.1:{probe.getsockname()[1]}"
+    rank = LearnerRank(**_learner_arguments(recipe), rank=0, world_size=1, master=master)
+    return LocalLearner(rank, loading)
 
 
 def _cluster_parts(recipe: Recipe) -> _Parts:

@@ -137,19 +137,19 @@ class RunDirectory:
         """Write summary.json; a reader sees the old file or the new one, never half of it."""
         write_json(self.path / SUMMARY_FILE, asdict(summary))
 
-    def version_changes(self, versions: Mapping[str, str]) -> list[str]:
-        """What differs from the software that began the run: `torch 2.11.0 -> 2.13.0`, ..."""
-        text = (self.path / VERSIONS_FILE).read_text(encoding="utf-8")
-        before: dict[str, str] = json.loads(text)
-        names = sorted(before.keys() | versions.keys())
-        pairs = [(name, before.get(name, "none"), versions.get(name, "none")) for name in names]
-        return [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
-
     def close(self) -> None:
         """Close the record files; the run may be continued."""
         self._metrics.close()
         self._groups.close()
         self._lock.close()
+
+
+def version_changes(run: Path, versions: Mapping[str, str]) -> list[str]:
+    """What differs from the software that began the run: `torch 2.11.0 -> 2.13.0`, ..."""
+    before: dict[str, str] = json.loads((run / VERSIONS_FILE).read_text(encoding="utf-8"))
+    names = sorted(before.keys() | versions.keys())
+    pairs = [(name, before.get(name, "none"), versions.get(name, "none")) for name in names]
+    return [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
 
 
 def encode_line(step: int, record: Mapping[str, object]) -> str:

@@ -9,24 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from grpo.pipeline import RewardedGroup, Stage, State
-from grpo.types import Float32, TrainBatch, TrainRow
+from grpo.types import TrainBatch, TrainRow
+from orchestration.row_arrays import row_arrays, rows_of
 
 STAGE_FILE = "stage_rows.npz"
-NUMBERS = ("group", "index", "is_cross_context")  # of a row
-STREAMS = (  # [T]
-    "tokens",
-    "weights",
-    "advantages",
-    "policy_weights",
-    "behaviour_log_probs",
-    "versions",
-    "origins",
-)
 
 
 def left_rows(
@@ -79,17 +69,8 @@ def write_rows(folder: Path, rows: Sequence[TrainRow]) -> None:
     """One file below `folder`; none where there are no rows."""
     if not rows:
         return
-    arrays = {name: np.array([getattr(row, name) for row in rows]) for name in NUMBERS}
-    arrays |= {name: np.concatenate([getattr(row, name) for row in rows]) for name in STREAMS}
-    arrays |= {
-        "lengths": np.array([len(row.tokens) for row in rows]),
-        "context": np.concatenate([row.context for row in rows]),
-        "context_lengths": np.array([len(row.context) for row in rows]),
-        "reference_log_probs": np.concatenate([_reference(row) for row in rows]),
-        "has_reference": np.array([row.reference_log_probs is not None for row in rows]),
-    }
     with (folder / STAGE_FILE).open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, allow_pickle=False, **row_arrays(rows))
 
 
 def read_rows(folder: Path) -> tuple[TrainRow, ...]:
@@ -98,20 +79,4 @@ def read_rows(folder: Path) -> tuple[TrainRow, ...]:
     if not path.exists():
         return ()
     with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    cuts = np.cumsum(arrays["lengths"])[:-1]
-    streams = {name: np.split(arrays[name], cuts) for name in (*STREAMS, "reference_log_probs")}
-    streams["context"] = np.split(arrays["context"], np.cumsum(arrays["context_lengths"])[:-1])
-    rows = []
-    for place, has_reference in enumerate(arrays["has_reference"].tolist()):
-        own: dict[str, Any] = {name: parts[place] for name, parts in streams.items()}
-        if not has_reference:
-            own["reference_log_probs"] = None
-        own |= {name: arrays[name][place].item() for name in NUMBERS}
-        rows.append(TrainRow(**own))
-    return tuple(rows)
-
-
-def _reference(row: TrainRow) -> Float32:
-    known = row.reference_log_probs
-    return np.zeros(len(row.tokens), np.float32) if known is None else known
+        return rows_of({name: file[name] for name in file.files})

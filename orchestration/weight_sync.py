@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -42,17 +42,41 @@ async def sync_weights(learner: PolicyLearner, engine: RolloutEngine, version: i
     return SyncReport(ref=ref, timings_s=timings)
 
 
-async def log_prob_gap(
-    learner: PolicyLearner, engine: RolloutEngine, requests: Sequence[SampleRequest]
-) -> float:
-    """Mean |engine - learner| log-probability of a few fresh tokens of the current version."""
-    rollouts = await engine.sample(requests)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """Engine against learner in the log-probabilities of tokens that the engine has sampled."""
+
+    mean: float  # |difference|
+    max: float
+    kl: float  # k3 of KL(engine || learner)
+    num_tokens: int
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names that a step's own comparison has."""
+        return {f"log_prob_gap/{name}": float(value) for name, value in asdict(self).items()}
+
+
+async def agreement(learner: PolicyLearner, rollouts: Sequence[Rollout]) -> Agreement:
+    """Ask the learner about rollouts of its own version; at least one token must be sampled."""
     theirs = await learner.log_probs([_row(rollout) for rollout in rollouts])
-    gaps = [
-        np.abs(rollout.log_probs - np.asarray(values))[_sampled(rollout)]
+    pairs = [
+        (np.asarray(values, np.float64) - rollout.log_probs)[_sampled(rollout)]
         for rollout, values in zip(rollouts, theirs, strict=True)
     ]
-    return float(np.concatenate(gaps).mean())
+    differences = np.concatenate(pairs)
+    return Agreement(
+        mean=float(np.abs(differences).mean()),
+        max=float(np.abs(differences).max()),
+        kl=float((np.expm1(differences) - differences).mean()),
+        num_tokens=len(differences),
+    )
+
+
+async def fresh_agreement(
+    learner: PolicyLearner, engine: RolloutEngine, requests: Sequence[SampleRequest]
+) -> Agreement:
+    """The same of a few fresh tokens of the current version."""
+    return await agreement(learner, await engine.sample(requests))
 
 
 def _sampled(rollout: Rollout) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.end_to_end.runs import MODEL, finished, lines_until, only_run, train
+from tests.end_to_end.runs import MODEL, covey, finished, lines_until, only_run, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -57,14 +57,20 @@ def test_two_zero_3_ranks_and_an_untied_model_agree_with_the_engine(tmp_path: Pa
         model=untied_model(tmp_path / "untied"),
         steps=3,
         data__evaluation=None,
+        checkpoint__every=2,
         learner__ranks=2,
         learner__zero_stage=3,
     )
     output = finished(run)
     assert run.returncode == 0, output
-    steps = only_run(tmp_path / "runs").steps
+    left = only_run(tmp_path / "runs")
+    steps = left.steps
     assert len(steps) == 3
     assert max(step["log_prob_gap/max"] for step in steps) < 1e-4
+    replay = covey("replay", str(left.path), "3")  # from the checkpoint of step 2, on two ranks
+    output = finished(replay)
+    assert replay.returncode == 0, output
+    assert "bit for bit equal: step 3 from step_2" in output
 
 
 def test_measures_epochs_and_replay_on_two_ranks(tmp_path: Path) -> None:

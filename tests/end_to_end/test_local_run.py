@@ -40,6 +40,23 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_continues_as_if_nothing_h
     assert [g["group"] for g in expected.groups] == [g["group"] for g in left.groups]
 
 
+def test_a_run_keeps_the_batches_since_its_oldest_checkpoint_and_they_replay(
+    tmp_path: Path,
+) -> None:
+    run = train(tmp_path, "--local", steps=5, data__evaluation=None, checkpoint__every=2)
+    text = finished(run)
+    assert run.returncode == 0, text
+    left = only_run(tmp_path / "runs")
+    # Checkpoints 4 and 5 are kept; the one of step 2 and what preceded it are gone.
+    assert sorted(path.name for path in (left.path / "batches").iterdir()) == ["step_5.npz"]
+    replay = covey("replay", str(left.path), "5")
+    text = finished(replay)
+    assert replay.returncode == 0, text
+    assert "bit for bit equal: step 5 from step_4" in text
+    for name in ("mean", "max", "kl"):
+        assert all(f"log_prob_gap/{name}" in step for step in left.steps)
+
+
 def test_dapo_and_dr_grpo_recipes_train_overlapped(tmp_path: Path) -> None:
     data = write_datasets(tmp_path / "data", num_train=400, num_heldout=60)
     for name in ("dapo", "dr_grpo"):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from grpo.errors import UserError
-from orchestration.run_directory import RunDirectory, RunStatus, RunSummary
+from orchestration.run_directory import RunDirectory, RunStatus, RunSummary, version_changes
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 CONFIG = {"name": "demo", "steps": 3, "sampling": {"temperature": 1.0}, "scorers": [{"weight": 2}]}
@@ -113,7 +113,7 @@ def test_resuming_takes_back_that_the_run_is_over(tmp_path: Path) -> None:
 def test_software_that_changed_since_the_run_began_is_named(tmp_path: Path) -> None:
     run = make(tmp_path)
     now = {"python": "3.11.9", "torch": "2.14.0", "ray": "2.60.0"}
-    assert run.version_changes(now) == ["ray none -> 2.60.0", "torch 2.13.0 -> 2.14.0"]
+    assert version_changes(run.path, now) == ["ray none -> 2.60.0", "torch 2.13.0 -> 2.14.0"]
 
 
 def test_a_run_that_is_being_written_cannot_be_continued_by_another(tmp_path: Path) -> None:

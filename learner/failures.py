@@ -1,0 +1,159 @@
+"""What stopped a step: which number of which token is none, which micro-batch did not fit.
+
+Words only: refuses to know the backend and what the driver makes of the error. N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo.errors import NonFinite, OutOfMemory
+from grpo.objective import LossInputs
+from grpo.types import TrainRow
+from learner.packing import Block
+
+# How PyTorch's CPU allocator names itself when it fails; it raises a plain RuntimeError.
+CPU_ALLOCATOR = "DefaultCPUAllocator"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """What spoilt a loss or a gradient."""
+
+    text: str
+    place: tuple[int, int, int] | None = None  # group, rollout, completion token; None: unknown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Slope:
+    """The gradient of the loss of one micro-batch by the log-probabilities of its tokens."""
+
+    block: Block
+    values: Tensor  # [N]
+
+
+def non_finite_cause(inputs: LossInputs, rows: Sequence[TrainRow], loss: float) -> Cause:
+    """Which number of which token spoilt the loss, as far as it can be told."""
+    proximal = inputs.proximal_log_probs
+    streams = {
+        "weight": inputs.weights,
+        "advantage": inputs.advantages,
+        "policy weight": inputs.policy_weights,
+        "log-probability of the rollout engine": inputs.behaviour_log_probs,
+        "log-probability of the reference": inputs.reference_log_probs,
+        "log-probability of the policy": inputs.log_probs,
+        "entropy": inputs.entropy,
+        "ratio to the policy that sampled": (proximal - inputs.behaviour_log_probs).exp(),
+        "ratio to the policy at the start of the step": (inputs.log_probs - proximal).exp(),
+    }
+    for name, values in streams.items():
+        bad = [] if values is None else (~torch.isfinite(values)).nonzero().flatten().tolist()
+        if values is not None and bad:
+            place = _place(inputs.row, rows, bad[0])
+            return Cause(
+                text=f"the {name} is {values[bad[0]].item()} at {_words(place)} (and of "
+                f"{len(bad) - 1} more tokens of its micro-batch), so the loss is {loss}",
+                place=place,
+            )
+    groups = sorted({row.group for row in rows})
+    return Cause(text=f"the loss of groups {groups} is {loss} although every input is finite")
+
+
+def steepest(slopes: Sequence[Slope]) -> tuple[float, Cause] | None:
+    """The token whose log-probability moves the loss most, NaN and infinity before all numbers.
+
+    None: this rank has no token with a slope.
+    """
+    found: tuple[float, Cause] | None = None
+    for slope in slopes:
+        sizes = slope.values.abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
+        token = int(sizes.argmax())
+        size = float(sizes[token])
+        if slope.block.is_idle or (found is not None and size <= found[0]):
+            continue
+        place = _place(slope.block.row, slope.block.rows, token)
+        text = f"the loss is steepest in the log-probability of {_words(place)}"
+        found = size, Cause(text=text, place=place)
+    return found
+
+
+def raise_if_any(causes: Sequence[Cause | None], where: str) -> None:
+    """The same exception on every rank, whichever rank saw the number."""
+    found = next((cause for cause in causes if cause is not None), None)
+    if found is not None:
+        error = NonFinite(f"{where}: {found.text}; the optimiser has not moved")
+        error.place = found.place
+        raise error
+
+
+def raise_for_gradient(
+    slopes: Sequence[tuple[float, Cause] | None], norm: float, what: str
+) -> None:
+    """Every loss is finite and the gradient is not; `slopes` are the steepest of each rank."""
+    known = [slope for slope in slopes if slope is not None]
+    cause = max(known, key=lambda slope: slope[0])[1] if known else None
+    detail = "" if cause is None else f"; {cause.text}"
+    error = NonFinite(
+        f"{what}: every loss is finite, but the gradient norm is {norm}{detail}; the optimiser has "
+        "not moved. Lower learning_rate, or resume from an older checkpoint"
+    )
+    error.place = None if cause is None else cause.place
+    raise error
+
+
+@contextmanager
+def room_for(
+    block: Block, phase: str, *, max_tokens: int, is_checkpointing: bool
+) -> Iterator[None]:
+    """An allocator's error in the block's pass becomes OutOfMemory with the remedy."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).strip().splitlines()[0]
+        remedy = memory_remedy(block, max_tokens=max_tokens, is_checkpointing=is_checkpointing)
+        raise OutOfMemory(
+            f"the learner ran out of memory in the {phase} of a micro-batch of "
+            f"{block.input_ids.numel()} tokens ({len(block.rows)} rollouts): {remedy}. The "
+            f"allocator said: {said}"
+        ) from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocator raised it, of a device or of the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
+
+
+def memory_remedy(block: Block, *, max_tokens: int, is_checkpointing: bool) -> str:
+    """Which budget to lower, and to what: half of what did not fit, where rows can be parted."""
+    longest = max(row.num_tokens for row in block.rows)
+    if len(block.rows) > 1:
+        target = max(longest, min(max_tokens, block.input_ids.numel()) // 2)
+        return f"lower learner.max_tokens_per_microbatch: {max_tokens} -> {target}"
+    row = block.rows[0]
+    shorter = (
+        f"lower sampling.max_completion_length (its completion has {len(row.tokens)} tokens, its "
+        f"context {len(row.context)})"
+    )
+    if is_checkpointing:
+        return f"one rollout alone is too long, so {shorter}"
+    return (
+        f"one rollout alone is too long, so set learner.gradient_checkpointing: true or {shorter}"
+    )
+
+
+def _place(row_of: Tensor, rows: Sequence[TrainRow], token: int) -> tuple[int, int, int]:
+    """Group, rollout and completion token of token `token` of a micro-batch."""
+    index = int(row_of[token])
+    return rows[index].group, rows[index].index, int((row_of[:token] == index).sum())
+
+
+def _words(place: tuple[int, int, int]) -> str:
+    group, rollout, token = place
+    return f"completion token {token} of rollout {rollout} of group {group}"
