@@ -10,12 +10,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from grpo.errors import UserError
+from learner.chunked_log_probs import chunked_log_probs, log_softmax
 from learner.config import LearnerConfig
 from learner.packing import Block
 
@@ -39,29 +38,23 @@ class LogProbHead(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
         """hidden [N, H], targets [N] -> log-probabilities [N] and, if asked for, entropy [N]."""
-        pieces = list(
-            zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True)
+        if len(hidden) <= self.chunk_tokens:
+            log_probs = self.log_probs(hidden)
+            chosen = log_probs.gather(-1, targets[:, None]).squeeze(-1)
+            return (chosen, _entropy(log_probs)) if with_entropy else (chosen,)
+        chosen, entropy = chunked_log_probs(
+            hidden, self.weight, self.bias, targets, self.temperature, self.chunk_tokens
         )
-        if len(pieces) == 1 or not torch.is_grad_enabled():
-            outputs = [self._chunk(*piece, with_entropy) for piece in pieces]
-        else:
-            outputs = [
-                checkpoint(self._chunk, *piece, with_entropy, use_reentrant=False)
-                for piece in pieces
-            ]
-        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+        return (chosen, entropy) if with_entropy else (chosen,)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """[n, H] -> [n, V] float32; the weights must be whole (`Backend.output_layer`)."""
-        logits = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        return (logits.float() / self.temperature).log_softmax(-1)
+        return log_softmax(hidden, self.weight, self.bias, self.temperature)
 
-    def _chunk(self, hidden: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
-        log_probs = self.log_probs(hidden)
-        chosen = log_probs.gather(-1, targets[:, None]).squeeze(-1)
-        if not with_entropy:
-            return (chosen,)
-        return chosen, -(log_probs.exp() * log_probs).sum(-1)
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    """[n, V] -> [n]"""
+    return -(log_probs.exp() * log_probs).sum(-1)
 
 
 class Policy(nn.Module):
