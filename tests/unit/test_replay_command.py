@@ -17,7 +17,7 @@ import yaml
 from grpo.errors import NonFinite
 from grpo.types import TrainBatch, TrainRow
 from orchestration.batch_files import BATCHES, read_batch, write_batch
-from orchestration.checkpoint import DriverState, save_checkpoint
+from orchestration.checkpoint import DriverState, begin_checkpoint, complete_checkpoint
 from orchestration.cli import main
 from orchestration.config import Recipe
 from orchestration.recording import RecordingLearner
@@ -65,7 +65,8 @@ async def record(
             await recording.train(replace(batch, updates=updates))
             if batch.step == SAVED:
                 state = DriverState(step=SAVED, version=SAVED, seed=0, next_group=0)
-                await save_checkpoint(run, SAVED, learner, state, keep=2)
+                draft = await begin_checkpoint(run, SAVED, learner, {})
+                await complete_checkpoint(draft, learner, state)
 
 
 def batches(count: int = STEPS) -> list[TrainBatch]:
@@ -190,12 +191,12 @@ def test_a_model_that_changed_since_is_told_from_rounding(
 def test_a_checkpoint_that_changed_since_is_refused(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = run / "checkpoints" / f"step_{SAVED}" / "learner" / "state.pt"
+    file = run / "checkpoints" / f"step_{SAVED}" / "learner" / "rank_0.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content))
     assert main(["replay", str(run), str(STEPS)]) == 2
-    assert "is not what the run wrote: the contents of learner/state.pt have changed" in (
+    assert "is not what the run wrote: the contents of learner/rank_0.safetensors have changed" in (
         capsys.readouterr().err
     )
 
