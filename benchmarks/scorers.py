@@ -142,7 +142,7 @@ def _bare_programs(config: SandboxConfig, batch: Batch) -> None:
     """One program after the other; the service runs `parallel` of them side by side."""
     sandbox = Sandbox(config)
     for text, tests in zip(batch.completion_texts, batch.columns["tests"], strict=True):
-        results(sandbox, config, program_in(text), read_tests(tests), budget_s=60)
+        results(sandbox, config, program_in(text), read_tests(tests), end=time.monotonic() + 60)
 
 
 async def in_service(config: ScorerConfig, groups: Sequence[Group]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 from grpo.errors import UserError
@@ -13,6 +14,7 @@ from reward_services.unit_tests import program_in, read_tests, results
 from reward_services.user_functions import Verdict
 
 _TRIES = 2  # a sandbox that could not be built says nothing about the program
+_SHARE_TO_RUN = 0.95  # of the deadline; the rest is for ending what runs then
 
 
 class CodeJudge:
@@ -52,20 +54,19 @@ class CodeJudge:
         """Sandboxes end with the call that started them."""
 
     def _verdict(self, text: str, column: object) -> Verdict:
+        end = time.monotonic() + self._deadline_s * _SHARE_TO_RUN
         failure = ""
         for _ in range(_TRIES):
             try:
-                return Verdict(value=self._share_passed(text, column))
+                return Verdict(value=self._share_passed(text, column, end))
             except ValueError as error:  # the data set's mistake
                 return Verdict(value=None, failure=f"column {self._config.tests_column!r}: {error}")
             except SandboxLost as error:
                 failure = str(error)
         return Verdict(value=None, failure=failure)
 
-    def _share_passed(self, text: str, column: object) -> float:
-        tests = read_tests(column)
-        found = results(
-            self._sandbox, self._config, program_in(text), tests, budget_s=self._deadline_s
-        )
+    def _share_passed(self, text: str, column: object, end: float) -> float:
+        tests, source = read_tests(column), program_in(text)
+        found = results(self._sandbox, self._config, source, tests, end=end)
         share = sum(result.outcome == "passed" for result in found) / len(found)
         return share if self._config.partial else float(share == 1.0)

@@ -91,8 +91,24 @@ def filter_system_calls() -> None:
     _prctl(_SECCOMP, 2, ctypes.addressof(program_buffer))
 
 
-# What reaches into other processes, the kernel, keys, clocks, mounts and namespaces.
+# What reaches into other processes, the kernel, keys, clocks, mounts and namespaces; and what holds
+# memory that no limit of the process counts: shared segments, files without a folder, queues, pages
+# and open files that lie in a pipe or a socket, watches.
 _REFUSED = {
+    "shmget": 29,
+    "shmat": 30,
+    "shmctl": 31,
+    "socket": 41,  # pairs remain; what waits to be accepted holds what was sent
+    "sendmsg": 46,  # the way of open files into a socket
+    "listen": 50,
+    "semget": 64,
+    "semop": 65,
+    "semctl": 66,
+    "shmdt": 67,
+    "msgget": 68,
+    "msgsnd": 69,
+    "msgrcv": 70,
+    "msgctl": 71,
     "ptrace": 101,
     "syslog": 103,
     "personality": 135,
@@ -116,26 +132,37 @@ _REFUSED = {
     "delete_module": 176,
     "quotactl": 179,
     "nfsservctl": 180,
+    "io_setup": 206,
+    "remap_file_pages": 216,
+    "semtimedop": 220,
     "clock_settime": 227,
     "mbind": 237,
     "set_mempolicy": 238,
+    "mq_open": 240,
     "kexec_load": 246,
     "add_key": 248,
     "request_key": 249,
     "keyctl": 250,
+    "inotify_init": 253,
     "migrate_pages": 256,
     "unshare": 272,
+    "splice": 275,
+    "tee": 276,
+    "vmsplice": 278,
     "move_pages": 279,
+    "inotify_init1": 294,
     "perf_event_open": 298,
     "fanotify_init": 300,
     "name_to_handle_at": 303,
     "open_by_handle_at": 304,
     "clock_adjtime": 305,
+    "sendmmsg": 307,
     "setns": 308,
     "process_vm_readv": 310,
     "process_vm_writev": 311,
     "kcmp": 312,
     "finit_module": 313,
+    "memfd_create": 319,
     "kexec_file_load": 320,
     "bpf": 321,
     "userfaultfd": 323,
@@ -152,14 +179,17 @@ _REFUSED = {
     "mount_setattr": 442,
     "quotactl_fd": 443,
     "landlock_create_ruleset": 444,
+    "memfd_secret": 447,
 }
-_CLONE, _SOCKET, _CLONE3 = 56, 41, 435
-_LOCAL_SOCKETS = 1  # AF_UNIX
+_CLONE, _CLONE3, _SOCKETPAIR, _PRLIMIT, _PRCTL = 56, 435, 53, 302, 157
+_FUTEX_HASH = 78  # of prctl: a table in the kernel, of any size
+_LOCAL, _STREAM, _KIND_BITS = 1, 1, 0xF  # AF_UNIX, SOCK_STREAM, beside flags
 _X86_64, _FIRST_X32_CALL = 0xC000003E, 0x40000000
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOSYS, _EACCES = 1, 38, 13
-_LOAD, _IF_EQUAL, _IF_AT_LEAST, _IF_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_CALL_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16  # offsets in struct seccomp_data
+_LOAD, _IF_EQUAL, _IF_AT_LEAST, _IF_ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
+# Offsets in struct seccomp_data.
+_CALL_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT, _SECOND_ARGUMENT_AT = 0, 4, 16, 24
 
 
 def _filter_program() -> bytes:
@@ -178,13 +208,29 @@ def _filter_program() -> bytes:
         # clone3 hides its flags from a filter; without it the C library falls back to clone.
         (_IF_EQUAL, _CLONE3, 0, 1),
         (_RETURN, _ERROR | _ENOSYS, 0, 0),
-        (_IF_EQUAL, _CLONE, 0, 3),
+        (_IF_EQUAL, _CLONE, 0, 4),
         (_LOAD, _FIRST_ARGUMENT_AT, 0, 0),
-        (_IF_ANY_BIT, _ANY_NAMESPACE, 4, 0),
+        (_IF_ANY_BIT, _ANY_NAMESPACE, 0, 1),
+        (_RETURN, _ERROR | _EPERM, 0, 0),
         (_RETURN, _ALLOW, 0, 0),
-        (_IF_EQUAL, _SOCKET, 0, 3),
+        # Limits of other processes, such as process 1; 0 is the process itself.
+        (_IF_EQUAL, _PRLIMIT, 0, 4),
         (_LOAD, _FIRST_ARGUMENT_AT, 0, 0),
-        (_IF_EQUAL, _LOCAL_SOCKETS, 1, 0),
+        (_IF_EQUAL, 0, 1, 0),
+        (_RETURN, _ERROR | _EPERM, 0, 0),
+        (_RETURN, _ALLOW, 0, 0),
+        (_IF_EQUAL, _PRCTL, 0, 4),
+        (_LOAD, _FIRST_ARGUMENT_AT, 0, 0),
+        (_IF_EQUAL, _FUTEX_HASH, 0, 1),
+        (_RETURN, _ERROR | _EPERM, 0, 0),
+        (_RETURN, _ALLOW, 0, 0),
+        # A pair of streams holds no more than its two buffers; datagrams outlive their sender.
+        (_IF_EQUAL, _SOCKETPAIR, 0, 6),
+        (_LOAD, _FIRST_ARGUMENT_AT, 0, 0),
+        (_IF_EQUAL, _LOCAL, 0, 3),
+        (_LOAD, _SECOND_ARGUMENT_AT, 0, 0),
+        (_AND, _KIND_BITS, 0, 0),
+        (_IF_EQUAL, _STREAM, 1, 0),
         (_RETURN, _ERROR | _EACCES, 0, 0),
         (_RETURN, _ALLOW, 0, 0),
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import selectors
 import signal
@@ -73,14 +74,17 @@ class Sandbox:
             return f"a first program ended as {report.ending!r}: {report.detail}"
         return None
 
-    def run(self, program: Program, *, cpu_s: float) -> RunReport:
-        """Run a program to its end, or until a limit ends it."""
-        with self.started(program, cpu_s=cpu_s) as running:
+    def run(self, program: Program, *, cpu_s: float, until: float = math.inf) -> RunReport:
+        """Run a program to its end, or until a limit or the clock (time.monotonic) ends it."""
+        with self.started(program, cpu_s=cpu_s, until=until) as running:
             return running.report()
 
-    def started(self, program: Program, *, cpu_s: float, link_fd: int = -1) -> Running:
+    def started(
+        self, program: Program, *, cpu_s: float, until: float = math.inf, link_fd: int = -1
+    ) -> Running:
         """Start a program; `link_fd` is a connection that it finds under a fixed number."""
-        return Running(self._settings(program, cpu_s), program.stdin, link_fd, self._config)
+        settings = self._settings(program, cpu_s)
+        return Running(settings, program.stdin, link_fd, self._config, until=until)
 
     def _settings(self, program: Program, cpu_s: float) -> dict[str, object]:
         config = self._config
@@ -103,16 +107,24 @@ class Running:
     """One program under way; leaving the `with` block ends all of its processes."""
 
     def __init__(
-        self, settings: dict[str, object], stdin: bytes, link_fd: int, config: SandboxConfig
+        self,
+        settings: dict[str, object],
+        stdin: bytes,
+        link_fd: int,
+        config: SandboxConfig,
+        *,
+        until: float,
     ) -> None:
-        self._wall_s = float(str(settings["wall_s"]))
+        self._wall_s, self._until = float(str(settings["wall_s"])), until
         self._max_output = config.output_kb * 1024
         self._folder = None
         if config.isolation == "none":
             self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
             settings = {**settings, "scratch": self._folder.name}
             for name, text in dict(settings["files"]).items():  # type: ignore[call-overload]
-                Path(self._folder.name, name).write_text(text, errors="surrogatepass")
+                path = Path(self._folder.name, name)
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text, errors="surrogatepass")
         self._status, status_fd = os.pipe()
         settings_fd, stdin_fd = _in_memory(json.dumps(settings).encode()), _in_memory(stdin)
         code = "from reward_services.sandbox_child import main"
@@ -160,7 +172,8 @@ class Running:
         """Returns when the program is about to run; its end has then to be seen otherwise."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._status, selectors.EVENT_READ)
-            told = os.read(self._status, _CHUNK_BYTES) if selector.select(_START_S) else b""
+            left = min(_START_S, max(0.0, self._until - time.monotonic()))
+            told = os.read(self._status, _CHUNK_BYTES) if selector.select(left) else b""
         if b"started" not in told:
             raise SandboxLost(f"the sandbox could not be built: {told.decode() or 'no sign of it'}")
 
@@ -174,12 +187,14 @@ class Running:
             return _ended(status, bytes(output["stdout"]), bytes(output["stderr"]))
         limit = f"{self._wall_s:g} s" if stopped == "time" else f"{self._max_output} bytes"
         detail = f"stopped: more {stopped} than {limit}"
+        if stopped == "time" and time.monotonic() >= self._until:
+            detail = "stopped: no time is left for its tests"
         return RunReport(ending=stopped, stdout=bytes(output["stdout"]), detail=detail)
 
     def _collect(self, output: dict[str, bytearray]) -> Literal["time", "output"] | None:
         """Read all pipes until they close; says which limit was passed, if one was."""
         assert self._process.stdout is not None and self._process.stderr is not None
-        deadline, has_started = time.monotonic() + _START_S, False
+        deadline, has_started = min(time.monotonic() + _START_S, self._until), False
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ, output["stdout"])
             selector.register(self._process.stderr, selectors.EVENT_READ, output["stderr"])
@@ -188,7 +203,7 @@ class Running:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     if not has_started:
-                        raise SandboxLost(f"the sandbox was not built within {_START_S:g} s")
+                        raise SandboxLost("the sandbox was not built in time")
                     return "time"
                 for key, _ in selector.select(left):
                     chunk = os.read(key.fd, _CHUNK_BYTES)
@@ -196,7 +211,8 @@ class Running:
                         selector.unregister(key.fileobj)
                     key.data.extend(chunk)
                 if output["status"] and not has_started:
-                    deadline, has_started = time.monotonic() + self._wall_s, True
+                    deadline = min(time.monotonic() + self._wall_s, self._until)
+                    has_started = True
                 if len(output["stdout"]) + len(output["stderr"]) > self._max_output:
                     return "output"
         return None
@@ -204,9 +220,11 @@ class Running:
 
 def _ended(status: list[dict[str, object]], stdout: bytes, stderr: bytes) -> RunReport:
     told = {key: value for line in status for key, value in line.items()}
-    if "error" in told or "exit" not in told:
+    if "error" in told or "started" not in told:
         cause = told["error"] if "error" in told else f"it vanished: {stderr[-500:]!r}"
         raise SandboxLost(f"the sandbox could not be built: {cause}")
+    if "exit" not in told:  # the program's doing, as all that comes after the start
+        return RunReport(ending="failed", stdout=stdout, detail="the sandbox ended under it")
     code = int(str(told["exit"]))
     if code == 0:
         return RunReport(ending="finished", stdout=stdout, detail="")

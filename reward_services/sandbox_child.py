@@ -1,8 +1,9 @@
 """What stands between the host and a generated program: the sandbox, built from inside.
 
-Three processes: the outer one leaves the host's namespaces and becomes another user; process 1 of
-the new world waits and takes everything with it when it ends; the program runs below it, without
-privileges. Whatever step fails ends in an error and no program. Standard library only.
+Three processes: the outer one leaves the host's namespaces, becomes another user, and watches the
+time from where no signal of the program reaches; process 1 of the new world waits and takes
+everything with it when it ends; the program runs below it, without privileges. Whatever step fails
+ends in an error and no program. Standard library only.
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ def main(settings_fd: int, status_fd: int, link_fd: int) -> NoReturn:
         with open(settings_fd, "rb") as file:
             settings = json.load(file)
         os.umask(0o022)
+        # If memory runs short all the same, the kernel ends this before anything else of the host.
+        Path("/proc/self/oom_score_adj").write_text("1000")
         if settings["isolation"] == "none":
             linux.die_with_parent()
+            signal.alarm(_watch_s(settings))
             _start_and_wait(settings, status_fd, link_fd)
         _leave_host(settings)
         inner = os.fork()
@@ -46,12 +50,19 @@ def main(settings_fd: int, status_fd: int, link_fd: int) -> NoReturn:
             linux.die_with_parent()
             _start_and_wait(settings, status_fd, link_fd)
         # Asked to stop, wait for the end of all: nobody else may be there to bury process 1.
-        signal.signal(signal.SIGTERM, lambda *_: os.kill(inner, signal.SIGKILL))
+        for signum in (signal.SIGTERM, signal.SIGALRM):
+            signal.signal(signum, lambda *_: os.kill(inner, signal.SIGKILL))
+        signal.alarm(_watch_s(settings))
         os.close(status_fd)
         os.waitpid(inner, 0)
     except BaseException as error:
         _tell(status_fd, {"error": f"{error}"})
     os._exit(0)
+
+
+def _watch_s(settings: Mapping[str, Any]) -> int:
+    """The parent ends us before that; should it fail to, an alarm does."""
+    return int(settings["wall_s"]) + 5
 
 
 def _leave_host(settings: Mapping[str, Any]) -> None:
@@ -132,6 +143,7 @@ def _build_root(settings: Mapping[str, Any]) -> None:
     program = Path(_NEW_ROOT + _PROGRAM)
     program.mkdir()
     for name, text in settings["files"].items():
+        (program / name).parent.mkdir(exist_ok=True)
         (program / name).write_bytes(text.encode(errors="surrogatepass"))
     os.makedirs(_NEW_ROOT + _SCRATCH, exist_ok=True)
     linux.enter_root(_NEW_ROOT)
@@ -166,22 +178,24 @@ def _show(path: str, fd: int) -> None:
 
 def _start_and_wait(settings: Mapping[str, Any], status_fd: int, link_fd: int) -> NoReturn:
     """As process 1: when this ends, the kernel ends everything in the sandbox."""
-    # The parent kills us in time; should it fail to, this does. A process 1 has no default actions.
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(1))
-    signal.alarm(int(settings["wall_s"]) + 5)
+    # A process 1 ignores, whoever of its world sends it, each signal that has no handler; the
+    # interpreter comes with one.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     linux.set_dumpable(False)  # the program cannot look into us; its own exec sets it anew
     program = os.fork()
     if program == 0:
         _become_program(settings, status_fd, link_fd)
-    while (ended := os.wait())[0] != program:
-        pass
-    _tell(status_fd, {"exit": os.waitstatus_to_exitcode(ended[1])})
-    os._exit(0)
+    try:
+        while (ended := os.wait())[0] != program:
+            pass
+        _tell(status_fd, {"exit": os.waitstatus_to_exitcode(ended[1])})
+    finally:  # an error is told only of what comes before the program
+        os._exit(0)
 
 
 def _become_program(settings: Mapping[str, Any], status_fd: int, link_fd: int) -> NoReturn:
     try:
-        signal.alarm(0)
+        signal.alarm(0)  # the program's alarms are its own
         isolated = settings["isolation"] != "none"
         if isolated:  # else its process group is all that it can be found by
             os.setsid()
@@ -236,6 +250,7 @@ def _limit(settings: Mapping[str, Any], isolated: bool) -> None:
         resource.RLIMIT_NOFILE: _NUM_OPEN_FILES,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_SIGPENDING: _NUM_OPEN_FILES,
         resource.RLIMIT_STACK: min(memory, 64 << 20),
     }
     if isolated:  # else it would count whatever the user runs anywhere

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeGuard
 
-from reward_services.sandbox import WALL_FACTOR, Program, RunReport, Sandbox
+from reward_services.sandbox import WALL_FACTOR, Program, RunReport, Sandbox, SandboxLost
 from reward_services.sandbox_config import SandboxConfig
 
 Outcome = Literal["passed", "wrong", "failed", "time", "output"]
@@ -73,23 +73,24 @@ def results(
     source: str,
     tests: Sequence[UnitTest],
     *,
-    budget_s: float,
+    end: float,
 ) -> list[TestResult]:
-    """One result per test, in order; tests for which no time is left have failed by time."""
-    end = time.monotonic() + budget_s
+    """One result per test, in order; what has not run by `end` (time.monotonic) fails by time."""
     found: list[TestResult] = []
-    while len(found) < len(tests):
+    while len(found) < len(tests) and time.monotonic() < end:
         left = tests[len(found) :]
-        if time.monotonic() >= end:
-            late = TestResult(outcome="time", detail=f"more than {budget_s:g} s for all tests")
-            return found + [late] * len(left)
-        if isinstance(left[0], PrintTest):
-            found.append(_printed(sandbox, config, source, left[0]))
-        elif _are_statements(left):
-            found += _called(sandbox, config, source, left)
-        else:
-            raise ValueError("found printing and calling tests in one row; expected one kind")
-    return found
+        try:
+            if isinstance(left[0], PrintTest):
+                found.append(_printed(sandbox, config, source, left[0], end))
+            elif _are_statements(left):
+                found += _called(sandbox, config, source, left, end)
+            else:
+                raise ValueError("found printing and calling tests in one row; expected one kind")
+        except SandboxLost:
+            if not found or time.monotonic() < end:  # else the program took the time for it
+                raise
+    late = TestResult(outcome="time", detail="no time is left for this test")
+    return found + [late] * (len(tests) - len(found))
 
 
 def _read_test(test: object) -> UnitTest:
@@ -109,9 +110,11 @@ def _are_statements(tests: Sequence[UnitTest]) -> TypeGuard[Sequence[str]]:
     return all(isinstance(test, str) for test in tests)
 
 
-def _printed(sandbox: Sandbox, config: SandboxConfig, source: str, test: PrintTest) -> TestResult:
+def _printed(
+    sandbox: Sandbox, config: SandboxConfig, source: str, test: PrintTest, end: float
+) -> TestResult:
     program = Program(files={"main.py": source}, main="main.py", stdin=test.stdin.encode())
-    report = sandbox.run(program, cpu_s=config.time_s)
+    report = sandbox.run(program, cpu_s=config.time_s, until=end)
     if report.ending != "finished":
         return TestResult(outcome=report.ending, detail=report.detail)
     printed = report.stdout.decode(errors="replace")
@@ -126,7 +129,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _called(
-    sandbox: Sandbox, config: SandboxConfig, source: str, tests: Sequence[str]
+    sandbox: Sandbox, config: SandboxConfig, source: str, tests: Sequence[str], end: float
 ) -> list[TestResult]:
     """Results of the first test at least, and of all unless one hangs or ends the program."""
     wall_s = config.time_s * WALL_FACTOR
@@ -135,15 +138,17 @@ def _called(
     program_end, tester_end = socket.socketpair()
     with program_end, tester_end:
         program = sandbox.started(
-            _script("program_side.py", "answer.py", source),
+            _script("program_side", "answer.py", source),
             cpu_s=cpu_s,
+            until=end,
             link_fd=program_end.fileno(),
         )
         with program:
-            program.wait_until_started()  # its time is for the tests
+            program.wait_until_started()  # and waits there until the tests ask it something
             tester = sandbox.started(
-                _script("tester_side.py", "tests.json", settings),
+                _script("tester_side", "tests.json", settings),
                 cpu_s=cpu_s,
+                until=end,
                 link_fd=tester_end.fileno(),
             )
             program_end.close()  # now a program that ends is a closed connection
@@ -153,7 +158,13 @@ def _called(
 
 
 def _script(name: str, data_name: str, data: str) -> Program:
-    return Program(files={name: (_HERE / name).read_text(), data_name: data}, main=name)
+    """One of our modules with what it imports from us, and the data that it reads."""
+    ours = {f"{_HERE.name}/{n}.py": (_HERE / f"{n}.py").read_text() for n in (name, "far_values")}
+    start = (
+        "import os, sys\nsys.path.insert(0, os.path.dirname(__file__))\n"
+        f"from {_HERE.name}.{name} import main\nmain()\n"
+    )
+    return Program(files={"main.py": start, data_name: data, **ours}, main="main.py")
 
 
 def _reported(report: RunReport, num_tests: int) -> list[TestResult]:

@@ -6,6 +6,7 @@ Each program prints SUCCESS if its attack worked. Skipped only where the host is
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -257,6 +258,13 @@ ATTACKS: dict[str, tuple[str, set[str]]] = {
         "import ctypes\nctypes.CDLL(None).syscall(0x40000000 + 39)\nprint('SUCCESS')",
         {"failed", "time"},
     ),
+    "the gate of 32-bit programs": (
+        "import ctypes, mmap\nm = mmap.mmap(-1, 4096, prot=7)\n"
+        "m.write(b'\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3')\n"  # mov eax, getpid; int 0x80; ret
+        "a = ctypes.addressof(ctypes.c_char.from_buffer(m))\n"
+        "ctypes.CFUNCTYPE(ctypes.c_int)(a)()\nprint('SUCCESS')",
+        {"failed"},
+    ),
     "raising its own limits": (
         "import resource as r\n"
         "for l in (r.RLIMIT_AS, r.RLIMIT_CPU, r.RLIMIT_NPROC, r.RLIMIT_FSIZE):\n"
@@ -268,6 +276,57 @@ ATTACKS: dict[str, tuple[str, set[str]]] = {
         "import os\n"
         "try: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50)); print('SUCCESS')\n"
         "except OSError: pass\ntry: os.nice(-5); print('SUCCESS')\nexcept OSError: pass",
+        {"finished"},
+    ),
+    "memory that no limit counts": (
+        "import ctypes\nc = ctypes.CDLL(None).syscall\n"
+        "for n, a in ((29, (0, 4096, 0o1600)), (64, (0, 1, 0o1600)), (68, (0, 0o1600)),\n"
+        "  (319, (b'x', 0)), (447, (0,)), (323, (1,)), (253, ()), (294, (0,)), (250, (0, -3, 0)),\n"
+        "  (240, (b'x', 0o102, 0o600, None)), (206, (8, ctypes.byref(ctypes.c_long(0)))),\n"
+        "  (216, (0, 0, 0, 0, 0))):\n"
+        "  if c(n, *a) >= 0: print('SUCCESS', n)",
+        {"finished"},
+    ),
+    "open files left in a socket": (
+        "import os, socket\na, b = socket.socketpair()\nf = os.open('f', os.O_CREAT)\n"
+        "try: socket.send_fds(a, [b'x'], [f]); print('SUCCESS')\nexcept PermissionError: pass",
+        {"finished"},
+    ),
+    "data for a socket that nobody accepts, or in datagrams": (
+        "import socket\nfor call in (lambda: socket.socket(socket.AF_UNIX),\n"
+        "  lambda: socket.socketpair(type=socket.SOCK_DGRAM),\n"
+        "  lambda: socket.socketpair(type=socket.SOCK_SEQPACKET)):\n"
+        "  try: call(); print('SUCCESS')\n  except PermissionError: pass\n"
+        "a, b = socket.socketpair()\na.send(b'x')\n"
+        "try: a.listen(); print('SUCCESS')\nexcept PermissionError: pass",
+        {"finished"},
+    ),
+    "a large table in the kernel": (
+        "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\n"
+        "if c.prctl(78, 1, 1 << 20, 0, 0) == 0 or ctypes.get_errno() != 1: print('SUCCESS')",
+        {"finished"},
+    ),
+    "memory left in a pipe": (
+        "import ctypes, mmap, os\nr, w = os.pipe()\nm = mmap.mmap(-1, 1 << 21)\nm[0] = 1\n"
+        "v = (ctypes.c_size_t * 2)(ctypes.addressof(ctypes.c_char.from_buffer(m)), 4096)\n"
+        "if ctypes.CDLL(None).syscall(278, w, v, 1, 0) >= 0: print('SUCCESS')",
+        {"finished"},
+    ),
+    "sockets of other kinds, in pairs": (
+        "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nfor f in (2, 10, 16, 30, 38, 40):\n"
+        "  c.syscall(53, f, 1, 0, (ctypes.c_int * 2)())\n"
+        "  if ctypes.get_errno() != 13: print('SUCCESS')",  # EACCES: not even asked of the kernel
+        {"finished"},
+    ),
+    "signals to process 1": (
+        "import os, time\nfor s in range(1, 65):\n"
+        "  try: os.kill(1, s)\n  except OSError: pass\n"
+        "time.sleep(0.3)\nif os.getppid() != 1: print('SUCCESS')",
+        {"finished"},
+    ),
+    "limits of process 1": (
+        "import resource as r\nfor l in range(16):\n"
+        "  try: r.prlimit(1, l, (0, 0)); print('SUCCESS')\n  except OSError: pass",
         {"finished"},
     ),
     "shared memory of the host": (
@@ -344,10 +403,30 @@ def test_root_runs_programs_as_a_user_that_nobody_is() -> None:
                 for pid in os.listdir("/proc")
                 if pid.isdigit() and "/program/" in _command(pid)
             ]
+        assert all(
+            Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
+            for pid in os.listdir("/proc")
+            if pid.isdigit() and "/program/" in _command(pid)
+        ), "when memory runs short, the kernel would not choose the sandbox first"
     assert owners
     expected = FIRST_SANDBOX_USER if os.getuid() == 0 else os.getuid()
     assert all(expected <= owner < expected + 1000 for owner in owners)
     assert sandboxed_processes() == []
+
+
+@isolated
+def test_a_sandbox_that_dies_under_a_program_is_the_programs_failure() -> None:
+    program = Program(files={"main.py": "import time; time.sleep(60)"}, main="main.py")
+    with Sandbox(CONFIG).started(program, cpu_s=60) as running:
+        end, found = time.monotonic() + 30, []
+        while not found and time.monotonic() < end:  # until the interpreter has replaced us
+            found = [p for p in os.listdir("/proc") if p.isdigit() and "/program/" in _command(p)]
+        status = Path(f"/proc/{found[0]}/status").read_text()
+        process_1 = int(status.partition("PPid:")[2].split()[0])
+        os.kill(process_1, signal.SIGKILL)  # as the kernel does where memory runs out
+        report = running.report()
+    assert report.ending == "failed", report
+    assert report.detail
 
 
 def _command(pid: str) -> str:
