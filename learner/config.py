@@ -46,12 +46,16 @@ class LearnerConfig(Schema):
     max_tokens_per_microbatch: int = Field(
         8192,
         ge=1,
-        description="tokens of one forward pass, padding included; a longer row goes alone",
+        description="tokens of one forward pass; a longer row goes alone",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = Field(
+        "sdpa",
+        description="sdpa: torch's kernel, row by row; flash_attention_2: that of the package "
+        "flash-attn, on GPUs in bfloat16; eager: written out, for models that need it",
+    )
     cpus_per_rank: int = Field(1, ge=1)
     gpus_per_rank: Literal[0, 1] = Field(0, description="0: train on CPU")
 
@@ -66,6 +70,18 @@ class LearnerConfig(Schema):
             raise ValueError(
                 f"backend torch runs on one rank, but ranks is {self.ranks}: "
                 "set backend: deepspeed, or ranks: 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _flash_attention_has_its_device(self) -> Self:
+        if self.attn_implementation == "flash_attention_2" and not (
+            self.gpus_per_rank and self.dtype == "bfloat16"
+        ):
+            raise ValueError(
+                f"attn_implementation is flash_attention_2, but gpus_per_rank is "
+                f"{self.gpus_per_rank} and dtype {self.dtype}: it needs a GPU and bfloat16; set "
+                "them, or attn_implementation: sdpa"
             )
         return self
 

@@ -1,7 +1,7 @@
-"""How rows are shared out over ranks and micro-batches, and laid out in blocks without padding.
+"""How rows are shared out over ranks and micro-batches, and laid out one behind the other.
 
 Refuses to know the model and the loss. Every rank computes the same shares from the same lengths
-and takes its own. Legend: B rows of a block, L its length, N completion tokens.
+and takes its own. Legend: L tokens of a block, N completion tokens.
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ from grpo.types import Origin, TrainRow
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Block:
-    """Several rows behind one another in each of B lines; `position_ids` restart at each row."""
+    """Several rows behind one another; `position_ids` restart at each of them."""
 
     rows: tuple[TrainRow, ...]  # in the order of the tokens below
-    input_ids: Tensor  # [B, L]
-    position_ids: Tensor  # [B, L] 0 on padding, which is therefore a sequence of its own
-    predictors: Tensor  # [N] place in the flattened block that predicts each completion token
+    input_ids: Tensor  # [1, L]
+    position_ids: Tensor  # [1, L]
+    predictors: Tensor  # [N] place in the block that predicts each completion token
     targets: Tensor  # [N] the completion tokens
     row: Tensor  # [N] index into `rows`
     places: tuple[int, ...]  # of `rows` among the rows that were shared out
     is_idle: bool = False  # one weightless row stands in where a rank has none of its own
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens of each row, context included."""
+        return tuple(row.num_tokens for row in self.rows)
 
 
 def shares(lengths: Sequence[int], *, max_tokens: int, ranks: int) -> list[list[list[int]]]:
@@ -40,61 +45,33 @@ def shares(lengths: Sequence[int], *, max_tokens: int, ranks: int) -> list[list[
     count = max(1, -(-sum(lengths) // (max_tokens * ranks)))
     while True:
         parts = _balanced(lengths, count * ranks)
-        if all(len(part) <= 1 or _area(lengths, part) <= max_tokens for part in parts):
+        if all(len(part) <= 1 or _total(lengths, part) <= max_tokens for part in parts):
             break
         count += 1
-    # sorted() is stable, so equal areas keep their order and all ranks agree.
-    parts = sorted(parts, key=lambda part: -_area(lengths, part))
+    # sorted() is stable, so equal sums keep their order and all ranks agree.
+    parts = sorted(parts, key=lambda part: -_total(lengths, part))
     return [parts[rank::ranks] for rank in range(ranks)]
 
 
-def lines(lengths: Sequence[int]) -> list[list[int]]:
-    """First fit decreasing: indices of `lengths` in lines no longer than the longest.
-
-    Lengths 5, 3, 2, 4: lines [5], [4], [3, 2].
-    """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    capacity = lengths[order[0]]
-    filled: list[list[int]] = []
-    room: list[int] = []
-    for index in order:
-        place = next((i for i, free in enumerate(room) if free >= lengths[index]), None)
-        if place is None:
-            filled.append([])
-            room.append(capacity)
-            place = len(filled) - 1
-        filled[place].append(index)
-        room[place] -= lengths[index]
-    return filled
-
-
 def pack(rows: Sequence[TrainRow], places: Sequence[int] | None = None) -> Block:
-    """Lay whole rows out in a block as long as the longest."""
-    layout = lines([row.num_tokens for row in rows])
-    length = max(row.num_tokens for row in rows)
-    input_ids = np.zeros((len(layout), length), np.int64)
-    position_ids = np.zeros((len(layout), length), np.int64)
-    predictors: list[np.ndarray] = []
-    order = [index for indices in layout for index in indices]
-    ordered = [rows[index] for index in order]
-    for line, indices in enumerate(layout):
-        start = 0
-        for row in (rows[index] for index in indices):
-            end = start + row.num_tokens
-            input_ids[line, start:end] = np.concatenate([row.context, row.tokens])
-            position_ids[line, start:end] = np.arange(row.num_tokens)
-            first = line * length + start + len(row.context)
-            predictors.append(np.arange(first - 1, first - 1 + len(row.tokens)))
-            start = end
-    num_tokens = [len(row.tokens) for row in ordered]
+    """Lay whole rows out behind one another."""
+    lengths = [row.num_tokens for row in rows]
+    starts = np.cumsum([0, *lengths[:-1]])
+    tokens = np.concatenate([part for row in rows for part in (row.context, row.tokens)])
+    predictors = [
+        start + len(row.context) - 1 + np.arange(len(row.tokens))
+        for start, row in zip(starts.tolist(), rows, strict=True)
+    ]
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    num_tokens = [len(row.tokens) for row in rows]
     return Block(
-        rows=tuple(ordered),
-        input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.from_numpy(position_ids),
+        rows=tuple(rows),
+        input_ids=torch.from_numpy(tokens.astype(np.int64))[None],
+        position_ids=torch.from_numpy(positions)[None],
         predictors=torch.from_numpy(np.concatenate(predictors)),
-        targets=torch.from_numpy(np.concatenate([row.tokens for row in ordered]).astype(np.int64)),
-        row=torch.from_numpy(np.repeat(np.arange(len(ordered)), num_tokens)),
-        places=tuple(order if places is None else (places[index] for index in order)),
+        targets=torch.from_numpy(np.concatenate([row.tokens for row in rows]).astype(np.int64)),
+        row=torch.from_numpy(np.repeat(np.arange(len(rows)), num_tokens)),
+        places=tuple(range(len(rows)) if places is None else places),
     )
 
 
@@ -138,7 +115,5 @@ def _balanced(lengths: Sequence[int], num_parts: int) -> list[list[int]]:
     return parts
 
 
-def _area(lengths: Sequence[int], part: Sequence[int]) -> int:
-    """Tokens of the block that a part becomes, padding included."""
-    chosen = [lengths[index] for index in part]
-    return len(lines(chosen)) * max(chosen) if chosen else 0
+def _total(lengths: Sequence[int], part: Sequence[int]) -> int:
+    return sum(lengths[index] for index in part)

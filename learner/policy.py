@@ -6,7 +6,7 @@ L its length, N completion tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,15 @@ from grpo.errors import UserError
 from learner.chunked_log_probs import chunked_log_probs, log_softmax
 from learner.config import LearnerConfig
 from learner.packing import Block
+from learner.row_attention import ROW_ATTENTION, ROW_LENGTHS
 
 MAX_LOGITS = 2**26  # logits held at once: 256 MiB in float32
+# Names of a recipe -> of transformers.
+IMPLEMENTATIONS = {
+    "sdpa": ROW_ATTENTION,
+    "flash_attention_2": "flash_attention_2",
+    "eager": "eager",
+}
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # mean, of a log-probability
 
 
@@ -73,6 +80,7 @@ class Policy(nn.Module):
         position_ids: Tensor,
         predictors: Tensor,
         targets: Tensor,
+        row_lengths: tuple[int, ...],
         with_entropy: bool = False,
         with_hidden: bool = False,
     ) -> tuple[Tensor, ...]:
@@ -80,11 +88,16 @@ class Policy(nn.Module):
 
         A hidden state is what the output layer multiplies to predict its token.
 
-        Without an attention mask and a cache, transformers reads from `position_ids` where a
-        sequence starts and masks attention across it.
+        Rows are kept apart by `row_lengths`; implementations of transformers itself read from
+        `position_ids`, where they restart, where a row begins.
         """
         decoder = self.model.get_decoder()
-        output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        output = decoder(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,
+            **{ROW_LENGTHS: row_lengths},
+        )
         hidden = output.last_hidden_state.flatten(0, 1)[predictors]
         outputs = self.head(hidden, targets, with_entropy)
         return (*outputs, hidden) if with_hidden else cast(tuple[Tensor, ...], outputs)
@@ -94,13 +107,14 @@ class Policy(nn.Module):
         return cast(LogProbHead, self.model.get_output_embeddings())
 
 
-def policy_inputs(block: Block, device: torch.device) -> dict[str, Tensor]:
+def policy_inputs(block: Block, device: torch.device) -> dict[str, Any]:
     """The arguments of Policy.forward."""
     return {
         "input_ids": block.input_ids.to(device),
         "position_ids": block.position_ids.to(device),
         "predictors": block.predictors.to(device),
         "targets": block.targets.to(device),
+        "row_lengths": block.row_lengths,
     }
 
 
@@ -114,7 +128,10 @@ def load_policy(model: str, config: LearnerConfig, *, temperature: float) -> Pol
         if "drop" in name and isinstance(value, float):
             setattr(settings, name, 0.0)
     loaded = AutoModelForCausalLM.from_pretrained(
-        model, config=settings, dtype=dtype, attn_implementation=config.attn_implementation
+        model,
+        config=settings,
+        dtype=dtype,
+        attn_implementation=IMPLEMENTATIONS[config.attn_implementation],
     )
     if config.gradient_checkpointing:
         loaded.gradient_checkpointing_enable({"use_reentrant": False})
@@ -124,7 +141,7 @@ def load_policy(model: str, config: LearnerConfig, *, temperature: float) -> Pol
 
 @torch.no_grad()
 def refuse_unpackable(model: PreTrainedModel, name: str) -> None:
-    """Compare two packed rows with the model's own answer to the second of them alone.
+    """Compare two packed rows with transformers' own answer to the second of them alone.
 
     Catches models that see across rows (recurrent layers) and models whose logits are more than
     their output layer applied to the last hidden state (soft-capped or scaled logits).
@@ -133,9 +150,14 @@ def refuse_unpackable(model: PreTrainedModel, name: str) -> None:
     tokens = torch.arange(1, 17).mul(7919).remainder(vocabulary)[None]  # arbitrary, all differ
     positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
     decoder = model.get_decoder()
-    hidden = decoder(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+    hidden = decoder(
+        input_ids=tokens, position_ids=positions, use_cache=False, **{ROW_LENGTHS: (7, 9)}
+    ).last_hidden_state
     packed = model.get_output_embeddings()(hidden[:, 7:]).float().log_softmax(-1)
+    chosen = model.config._attn_implementation
+    model.set_attn_implementation("eager")
     alone = model(input_ids=tokens[:, 7:], use_cache=False).logits.float().log_softmax(-1)
+    model.set_attn_implementation(chosen)
     gap = (packed - alone).abs().mean().item()
     if not gap <= PROBE_TOLERANCE[model.dtype]:
         raise UserError(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from grpo.errors import UserError
 from grpo.objective import loss_and_metrics
 from grpo.types import Origin, TrainRow
-from learner.packing import blocks, lines, pack, shares, weightless
+from learner.packing import blocks, pack, shares, weightless
 from learner.policy import load_policy, policy_inputs
 from learner.rank import algorithm_objective
 from learner.reference import Reference
@@ -146,12 +146,6 @@ def test_chunks_of_the_output_layer_change_no_gradient(model: str, other_model: 
     torch.testing.assert_close(chunked_gradient, gradient, atol=1e-6, rtol=1e-5)
 
 
-def test_first_fit_decreasing_fills_lines_up_to_the_longest_row() -> None:
-    # 5 sets the length; 4 and 3 open lines of their own, 2 fits behind 3.
-    assert lines([5, 3, 2, 4]) == [[0], [3], [1, 2]]
-    assert lines([7]) == [[0]]
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("max_tokens", [1, 30, 100, 10_000])
 def test_every_row_is_in_one_micro_batch_and_all_ranks_have_as_many(
@@ -165,7 +159,7 @@ def test_every_row_is_in_one_micro_batch_and_all_ranks_have_as_many(
     assert {len(rank) for rank in shared} == {len(shared[0])}
     for part in (part for rank in shared for part in rank):
         chosen = [lengths[index] for index in part]
-        assert len(part) <= 1 or len(lines(chosen)) * max(chosen) <= max_tokens
+        assert len(part) <= 1 or sum(chosen) <= max_tokens
 
 
 def test_ranks_carry_about_the_same_number_of_tokens() -> None:
@@ -206,6 +200,7 @@ def test_a_model_whose_logits_are_soft_capped_is_refused(tmp_path: Path) -> None
         num_key_value_heads=1,
         head_dim=16,
         final_logit_softcapping=0.1,
+        attn_logit_softcapping=None,
     )
     Gemma2ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"Gemma2ForCausalLM.*cannot be trained here"):
