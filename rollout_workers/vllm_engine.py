@@ -9,6 +9,7 @@ nothing outlives the worker. Tensor parallelism adds vLLM's worker processes (ex
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import shutil
@@ -19,7 +20,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import vllm
+from numpy.typing import NDArray
 from transformers import AutoConfig
 from vllm import ModelRegistry, SamplingParams
 from vllm.config import WeightTransferConfig
@@ -100,14 +103,15 @@ class VllmEngine:
     async def load_weights(self, bundle: WeightBundle) -> LoadReport:
         """Swap the weights between two steps; running requests go on under the new ones."""
         asked = time.perf_counter()
-        path = await asyncio.to_thread(_write_image, bundle)
-        written = time.perf_counter()
-        try:
+        with contextlib.ExitStack() as files:
+            image: NDArray[np.uint8] | Path = bundle.payload
+            if self._config.tensor_parallel_size > 1:  # for vLLM's own worker processes
+                image = await asyncio.to_thread(_write_image, bundle)
+                files.callback(image.unlink)
+            written = time.perf_counter()
             swap = await asyncio.wrap_future(
-                self._loop.call(lambda batch: _swap(batch, path, bundle))
+                self._loop.call(lambda batch: _swap(batch, image, bundle))
             )
-        finally:
-            path.unlink()
         return LoadReport(
             version=bundle.version,
             checksum=bundle.checksum,
@@ -204,14 +208,14 @@ def _inspect_here(model: str) -> None:
             ModelRegistry.register_model(architecture, found)
 
 
-def _swap(batch: VllmBatch, path: Path, bundle: WeightBundle) -> _Swap:
+def _swap(batch: VllmBatch, image: NDArray[np.uint8] | Path, bundle: WeightBundle) -> _Swap:
     """Runs in the engine's thread, between two steps: nothing is being generated."""
     began = time.perf_counter()
-    for checksum in batch.receive(str(path), bundle.checksum):
+    for checksum in batch.receive(image, bundle.checksum):
         if checksum != bundle.checksum:
             raise WeightMismatch(
-                f"weights of version {bundle.version} arrived in the engine with crc32 "
-                f"{checksum:08x}, but were sent with {bundle.checksum:08x}; they were not used"
+                f"weights of version {bundle.version} arrived in the engine with xxh3 "
+                f"{checksum:016x}, but were sent with {bundle.checksum:016x}; they were not used"
             )
     loaded = time.perf_counter()
     batch.set_version(bundle.version)

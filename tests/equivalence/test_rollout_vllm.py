@@ -160,7 +160,7 @@ def test_every_token_carries_the_weights_that_sampled_it_across_swaps(served: Se
 def test_damaged_weights_are_refused_and_the_old_ones_stay(served: Served) -> None:
     damaged = bundle(policy(served.model, seed=1), 5)
     damaged = replace(damaged, checksum=damaged.checksum ^ 1)
-    with pytest.raises(WeightMismatch, match="crc32"):
+    with pytest.raises(WeightMismatch, match="xxh3"):
         asyncio.run(served.worker.load_weights(damaged))
     rollouts = served.sample(requests(4))
     assert largest_gap(policy(served.model, seed=0), rollouts) < 1e-4
