@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import vllm
 from numpy.typing import NDArray
 from transformers import AutoConfig
 from vllm import ModelRegistry, SamplingParams
@@ -31,7 +30,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from grpo.errors import BadInput, UserError, WeightMismatch
+from grpo.errors import BadInput, WeightMismatch
 from grpo.types import LoadReport, Rollout, SampleRequest, WeightBundle
 from rollout_workers.completion import NOTHING, Sampled, check_room, is_complete, rollout
 from rollout_workers.config import RolloutConfig
@@ -40,24 +39,9 @@ from rollout_workers.tokenization import Tokenization
 from rollout_workers.vllm_batch import VllmBatch
 from rollout_workers.vllm_weights import BACKEND, ReceivedChecksum
 
-# vLLM's weight-transfer API has this shape from 0.26 on; the tests run 0.32.
-OLDEST_VLLM = (0, 26)
-NEWEST_VLLM = (0, 32)
-
 SHARED_MEMORY = Path("/dev/shm")
 CPU_BLOCK_TOKENS = 32  # unit of prefix sharing; vLLM's 128 on the CPU is longer than most prompts
 CPU_STEP_TOKENS = 4096  # prompt tokens of one engine step; more prompts wait for the next
-
-
-def check_version(version: str) -> None:
-    """Refuse a vLLM whose interfaces were not checked."""
-    found = tuple(int(part) for part in version.split(".")[:2])
-    if not OLDEST_VLLM <= found <= NEWEST_VLLM:
-        window = " to ".join(".".join(map(str, edge)) for edge in (OLDEST_VLLM, NEWEST_VLLM))
-        raise UserError(
-            f"vLLM {version} is installed, but covey works with {window}: install one of these, "
-            "or set rollout.engine to transformers"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +66,6 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Build the engine; seconds to minutes."""
-        check_version(vllm.__version__)
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "see environment.py"
         await asyncio.wrap_future(self._loop.start())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from grpo.errors import BadInput, PromptTooLong, UserError, WeightMismatch, Work
 from grpo.types import FinishReason, Origin, Rollout, SampleRequest
 from rollout_workers.config import RolloutConfig
 from rollout_workers.environment import engine_environment
+from rollout_workers.vllm_window import check_interfaces, check_version
 from rollout_workers.worker import RolloutWorker
 from tests.unit.rollout_models import (
     EOS_ID,
@@ -187,10 +189,28 @@ def test_a_cancelled_call_leaves_the_engine_to_the_others(served: Served) -> Non
 
 
 def test_a_vllm_that_was_not_checked_is_refused() -> None:
-    from rollout_workers.vllm_engine import check_version  # after the environment is set
-
     check_version("0.26.0")
     check_version("0.32.1+cpu")
     for version in ("0.25.9", "0.33.0", "1.0"):
         with pytest.raises(UserError, match=r"0\.26 to 0\.32"):
             check_version(version)
+
+
+def test_a_vllm_of_another_version_is_refused_before_its_engine_is_imported(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.25.1")
+    monkeypatch.delitem(sys.modules, "rollout_workers.vllm_engine")
+    with pytest.raises(UserError, match=r"vLLM 0\.25\.1 is installed"):
+        asyncio.run(RolloutWorker(served.model, CONFIG, MAX_MODEL_LEN).start())
+    assert "rollout_workers.vllm_engine" not in sys.modules
+
+
+def test_a_vllm_without_a_part_of_the_transfer_api_is_refused_by_its_name(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_interfaces()
+    worker = sys.modules["vllm.v1.worker.gpu_worker"].Worker
+    monkeypatch.delattr(worker, "finish_weight_update")
+    with pytest.raises(UserError, match=r"gpu_worker\.Worker\.finish_weight_update, which"):
+        check_interfaces()
