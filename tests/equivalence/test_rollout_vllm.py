@@ -142,6 +142,22 @@ def test_loaded_weights_are_the_policy_from_then_on(served: Served) -> None:
     assert {int(version) for rollout in rollouts for version in rollout.versions} == {7}
 
 
+def test_weights_arrive_through_a_file_where_vllm_s_workers_are_other_processes(
+    served: Served,
+) -> None:
+    from rollout_workers.vllm_engine import VllmEngine, _write_image  # reads the environment
+
+    engine, other = served.worker._started(), policy(served.model, seed=2)
+    assert isinstance(engine, VllmEngine)
+    sent = bundle(other, 9)
+    file = _write_image(sent)
+    received = engine._loop.call(lambda batch: batch.receive(file, sent.checksum)).result()
+    file.unlink()
+    assert received == [sent.checksum]
+    engine._loop.call(lambda batch: batch.set_version(9)).result()
+    assert largest_gap(other, served.sample(requests(8))) < 1e-4
+
+
 def test_every_token_carries_the_weights_that_sampled_it_across_swaps(served: Served) -> None:
     policies = [policy(served.model, seed=seed) for seed in range(3)]
 
