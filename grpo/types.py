@@ -265,7 +265,7 @@ class WeightBundle:
 
     version: int
     payload: NDArray[np.uint8]
-    checksum: int  # crc32 of the payload
+    checksum: int  # xxh3_64 of the payload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -58,10 +58,6 @@ class Backend(Protocol):
         """All weights by name, some at a time, on every rank; each part until the next one."""
         ...
 
-    def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """All weights on CPU, tied ones once, on rank 0; empty elsewhere."""
-        ...
-
     def copied_state(self) -> dict[str, Tensor]:
         """This rank's pieces of master weights and optimiser state (learner/shards.py), on CPU."""
         ...

@@ -24,7 +24,7 @@ from learner.packing import Block
 from learner.policy import LogProbHead, Policy, policy_inputs
 from learner.shards import Piece, copied, restore, whole_pieces
 from learner.torch_backend import adamw
-from learner.weights import named_weights, to_cpu, trained_weights
+from learner.weights import named_weights, trained_weights
 
 T = TypeVar("T")
 GATHER_ELEMENTS = 2**28  # parameters gathered at once under ZeRO-3: 1 GiB in float32
@@ -114,13 +114,6 @@ class DeepSpeedBackend:
         for names in self._buckets():
             with self._gathered(list(names.values())):
                 yield names
-
-    def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        weights: dict[str, Tensor] = {}
-        for names in self.whole_weights():
-            if self._rank == 0:
-                weights |= {name: to_cpu(weight, dtype) for name, weight in names.items()}
-        return weights
 
     def copied_state(self) -> dict[str, Tensor]:
         if self._config.zero_stage == 0 and self._rank > 0:

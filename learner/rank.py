@@ -31,7 +31,8 @@ from learner.schedule import learning_rate_at
 from learner.snapshot import Snapshot, saved_numbers, saved_pieces, saved_reference
 from learner.torch_backend import TorchBackend
 from learner.update import Trainee, log_probs_of, run_step
-from learner.weights import as_saved, bundle, export
+from learner.weight_images import WeightImages
+from learner.weights import as_saved, export, to_cpu
 
 EXPORT_FOLDER = "huggingface"
 
@@ -68,7 +69,9 @@ class LearnerRank:
         self._world_size = world_size
         self._master = master
         self._seed = seed
+        self._dtype: torch.dtype = getattr(torch, config.rollout_dtype)
         self._steps_done = 0
+        self._images: WeightImages | None = None  # None: another rank publishes
         self._snapshot: Snapshot | None = None  # None: nothing waits to be written
 
     def start(self) -> None:
@@ -84,6 +87,8 @@ class LearnerRank:
         torch.manual_seed(self._seed)
         policy = load_policy(self._model, self._config, temperature=self._temperature)
         self._pretrained = policy.model
+        if self._rank == 0:
+            self._images = WeightImages(policy.model, self._dtype)
         initial = copy.deepcopy(policy) if needs_reference(self._objective) else None
         backend = make_backend(policy, self._config)
         learnable = self._objective.learnable
@@ -133,8 +138,12 @@ class LearnerRank:
 
     def publish(self, version: int) -> WeightBundle | None:
         """The current weights, on rank 0; None on the others."""
-        weights = self._gathered()
-        return bundle(weights, version=version) if self._rank == 0 else None
+        parts = self._trainee.backend.whole_weights()
+        if self._images is not None:
+            return self._images.bundle(parts, version=version)
+        for _ in parts:  # takes part in gathering them
+            pass
+        return None
 
     def snapshot(self) -> None:
         """Copy the training state aside, whole weights with it; `write` is what follows."""
@@ -201,8 +210,12 @@ class LearnerRank:
         export(weights, path, model=self._model, dtype=self._config.rollout_dtype)
 
     def _gathered(self) -> dict[str, torch.Tensor]:
-        weights = self._trainee.backend.gather(getattr(torch, self._config.rollout_dtype))
-        return as_saved(self._pretrained, weights) if self._rank == 0 else weights
+        """A copy of all weights as transformers saves them, on rank 0; empty elsewhere."""
+        weights: dict[str, torch.Tensor] = {}
+        for part in self._trainee.backend.whole_weights():
+            if self._rank == 0:
+                weights |= {name: to_cpu(weight, self._dtype) for name, weight in part.items()}
+        return as_saved(self._pretrained, weights) if self._rank == 0 else {}
 
 
 def algorithm_objective(algorithm: Mapping[str, object]) -> Objective:

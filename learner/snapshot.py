@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grpo.errors import Fatal, UserError
-from learner.weights import METADATA
+from grpo.weight_image import METADATA
 
 STATE_FOLDER = "learner"
 NUMBERS_FILE = "numbers.json"

@@ -14,7 +14,7 @@ from learner.config import LearnerConfig
 from learner.packing import Block
 from learner.policy import LogProbHead, Policy, policy_inputs
 from learner.shards import Piece, copied, restore, whole_pieces
-from learner.weights import named_weights, to_cpu, trained_weights
+from learner.weights import named_weights, trained_weights
 
 T = TypeVar("T")
 
@@ -89,12 +89,6 @@ class TorchBackend:
 
     def whole_weights(self) -> Iterator[dict[str, Tensor]]:
         yield named_weights(self._policy.model)
-
-    def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {
-            name: to_cpu(weight, dtype)
-            for name, weight in named_weights(self._policy.model).items()
-        }
 
     def copied_state(self) -> dict[str, Tensor]:
         return copied(self._pieces(), self._optimizer)

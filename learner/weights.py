@@ -1,4 +1,4 @@
-"""Weights on their way out: a safetensors image for the rollout workers, a folder for users.
+"""A model's weights by name, on the CPU and in a folder for users.
 
 Refuses to know the optimiser and the ranks.
 """
@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import json
 import shutil
-import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from grpo.types import DType, WeightBundle
+from grpo.types import DType
+from grpo.weight_image import METADATA
 
 # What a model folder holds beside its weights: configuration, tokenizer, chat template.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
-METADATA = {"format": "pt"}  # transformers refuses safetensors files without it
 
 
 def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -43,19 +42,24 @@ def to_cpu(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.detach().to("cpu", target, copy=True).contiguous()
 
 
+def empty_weights(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Room on the CPU for all weights of a model; what is no float keeps its type."""
+    return {
+        name: torch.empty(weight.shape, dtype=dtype if weight.is_floating_point() else weight.dtype)
+        for name, weight in named_weights(model).items()
+    }
+
+
+@torch.no_grad()
+def copy_weights(weights: Mapping[str, Tensor], room: Mapping[str, Tensor]) -> None:
+    """Copy weights into the tensors of the same names, in their type and on their device."""
+    for name, weight in weights.items():
+        room[name].copy_(weight)
+
+
 def as_saved(model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights under the names and in the shapes that transformers writes to files."""
     return dict(revert_weight_conversion(model, weights))
-
-
-def bundle(weights: dict[str, Tensor], *, version: int) -> WeightBundle:
-    """One safetensors image of all weights."""
-    image = save(weights, METADATA)
-    return WeightBundle(
-        version=version,
-        payload=np.frombuffer(image, np.uint8),
-        checksum=zlib.crc32(image),
-    )
 
 
 def model_folder(model: str) -> Path:

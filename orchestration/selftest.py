@@ -130,7 +130,7 @@ def _moved_policy(steps: Sequence[SelftestStep], drift: float) -> list[str]:
     if changed:
         found.append(
             f"the policy moved: step {steps[0].step} published weights with checksum "
-            f"{steps[0].checksum:08x}, step {changed[0].step} with {changed[0].checksum:08x}, "
+            f"{steps[0].checksum:016x}, step {changed[0].step} with {changed[0].checksum:016x}, "
             "although the learning rate is 0"
         )
     if drift != 0:

@@ -34,8 +34,8 @@ async def sync_weights(learner: PolicyLearner, engine: RolloutEngine, version: i
     if (report.version, report.checksum) != (ref.version, ref.checksum):
         raise WeightMismatch(
             f"the rollout engine reports version {report.version} with checksum "
-            f"{report.checksum:08x}, the learner published version {ref.version} with checksum "
-            f"{ref.checksum:08x}: the weights were damaged on the way"
+            f"{report.checksum:016x}, the learner published version {ref.version} with checksum "
+            f"{ref.checksum:016x}: the weights were damaged on the way"
         )
     timings = {"publish": published - started, "load": loaded - published}
     timings |= {f"load/{phase}": seconds for phase, seconds in report.timings_s.items()}

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-import zlib
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
-import safetensors.torch
 import torch
+import xxhash
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from grpo.errors import UserError, WeightMismatch, WorkerLost
 from grpo.types import LoadReport, Rollout, SampleRequest, WeightBundle
+from grpo.weight_image import tensors_in
 from rollout_workers.completion import NOTHING, Sampled, check_room, is_complete, rollout
 from rollout_workers.config import RolloutConfig
 from rollout_workers.step_loop import StepLoop
@@ -165,13 +165,13 @@ class _Decoder:
     def load(self, bundle: WeightBundle) -> tuple[float, float]:
         """Take the weights of a bundle; when it began and ended."""
         began = time.perf_counter()
-        checksum = zlib.crc32(bundle.payload.data)
+        checksum = xxhash.xxh3_64_intdigest(bundle.payload)
         if checksum != bundle.checksum:
             raise WeightMismatch(
-                f"weights of version {bundle.version} arrived in the engine with crc32 "
-                f"{checksum:08x}, but were sent with {bundle.checksum:08x}; they were not used"
+                f"weights of version {bundle.version} arrived in the engine with xxh3 "
+                f"{checksum:016x}, but were sent with {bundle.checksum:016x}; they were not used"
             )
-        image = safetensors.torch.load(bundle.payload.tobytes())
+        image = tensors_in(bundle.payload)
         state = self._model.state_dict()
         wanted = {name for name, _ in self._model.named_parameters()}  # a tied head counts once
         missing = sorted(wanted - image.keys())

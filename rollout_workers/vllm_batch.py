@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from vllm import SamplingParams
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -64,14 +66,14 @@ class VllmBatch:
         self._running.clear()
         self._engine.engine_core.shutdown()
 
-    def receive(self, path: str, checksum: int) -> list[int]:
-        """Load weights from a file; the crc32 that each of vLLM's workers saw in it.
+    def receive(self, image: NDArray[np.uint8] | Path, checksum: int) -> list[int]:
+        """Load weights from an image or its file; the checksum that each of vLLM's workers found.
 
         Where it is not `checksum` the weights stay as they were.
         """
         engine = self._engine
         engine.collective_rpc("start_weight_update")
-        update = {"path": path, "checksum": checksum}
+        update = {"image": image, "checksum": checksum}
         engine.collective_rpc("update_weights", kwargs={"update_info": update})
         received: list[int] = engine.collective_rpc(ReceivedChecksum.received_checksum.__name__)
         engine.collective_rpc("finish_weight_update")

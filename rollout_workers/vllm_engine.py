@@ -9,6 +9,7 @@ nothing outlives the worker. Tensor parallelism adds vLLM's worker processes (ex
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import shutil
@@ -19,7 +20,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-import vllm
+import numpy as np
+from numpy.typing import NDArray
 from transformers import AutoConfig
 from vllm import ModelRegistry, SamplingParams
 from vllm.config import WeightTransferConfig
@@ -28,7 +30,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from grpo.errors import BadInput, UserError, WeightMismatch
+from grpo.errors import BadInput, WeightMismatch
 from grpo.types import LoadReport, Rollout, SampleRequest, WeightBundle
 from rollout_workers.completion import NOTHING, Sampled, check_room, is_complete, rollout
 from rollout_workers.config import RolloutConfig
@@ -37,24 +39,9 @@ from rollout_workers.tokenization import Tokenization
 from rollout_workers.vllm_batch import VllmBatch
 from rollout_workers.vllm_weights import BACKEND, ReceivedChecksum
 
-# vLLM's weight-transfer API has this shape from 0.26 on; the tests run 0.32.
-OLDEST_VLLM = (0, 26)
-NEWEST_VLLM = (0, 32)
-
 SHARED_MEMORY = Path("/dev/shm")
 CPU_BLOCK_TOKENS = 32  # unit of prefix sharing; vLLM's 128 on the CPU is longer than most prompts
 CPU_STEP_TOKENS = 4096  # prompt tokens of one engine step; more prompts wait for the next
-
-
-def check_version(version: str) -> None:
-    """Refuse a vLLM whose interfaces were not checked."""
-    found = tuple(int(part) for part in version.split(".")[:2])
-    if not OLDEST_VLLM <= found <= NEWEST_VLLM:
-        window = " to ".join(".".join(map(str, edge)) for edge in (OLDEST_VLLM, NEWEST_VLLM))
-        raise UserError(
-            f"vLLM {version} is installed, but covey works with {window}: install one of these, "
-            "or set rollout.engine to transformers"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +66,6 @@ class VllmEngine:
 
     async def start(self) -> None:
         """Build the engine; seconds to minutes."""
-        check_version(vllm.__version__)
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "see environment.py"
         await asyncio.wrap_future(self._loop.start())
 
@@ -100,14 +86,15 @@ class VllmEngine:
     async def load_weights(self, bundle: WeightBundle) -> LoadReport:
         """Swap the weights between two steps; running requests go on under the new ones."""
         asked = time.perf_counter()
-        path = await asyncio.to_thread(_write_image, bundle)
-        written = time.perf_counter()
-        try:
+        with contextlib.ExitStack() as files:
+            image: NDArray[np.uint8] | Path = bundle.payload
+            if self._config.tensor_parallel_size > 1:  # for vLLM's own worker processes
+                image = await asyncio.to_thread(_write_image, bundle)
+                files.callback(image.unlink)
+            written = time.perf_counter()
             swap = await asyncio.wrap_future(
-                self._loop.call(lambda batch: _swap(batch, path, bundle))
+                self._loop.call(lambda batch: _swap(batch, image, bundle))
             )
-        finally:
-            path.unlink()
         return LoadReport(
             version=bundle.version,
             checksum=bundle.checksum,
@@ -204,14 +191,14 @@ def _inspect_here(model: str) -> None:
             ModelRegistry.register_model(architecture, found)
 
 
-def _swap(batch: VllmBatch, path: Path, bundle: WeightBundle) -> _Swap:
+def _swap(batch: VllmBatch, image: NDArray[np.uint8] | Path, bundle: WeightBundle) -> _Swap:
     """Runs in the engine's thread, between two steps: nothing is being generated."""
     began = time.perf_counter()
-    for checksum in batch.receive(str(path), bundle.checksum):
+    for checksum in batch.receive(image, bundle.checksum):
         if checksum != bundle.checksum:
             raise WeightMismatch(
-                f"weights of version {bundle.version} arrived in the engine with crc32 "
-                f"{checksum:08x}, but were sent with {bundle.checksum:08x}; they were not used"
+                f"weights of version {bundle.version} arrived in the engine with xxh3 "
+                f"{checksum:016x}, but were sent with {bundle.checksum:016x}; they were not used"
             )
     loaded = time.perf_counter()
     batch.set_version(bundle.version)

@@ -1,18 +1,18 @@
-"""Our side of vLLM's weight-transfer API: a backend that reads a safetensors image from a file.
+"""Our side of vLLM's weight-transfer API: a backend that reads a safetensors image.
 
 Runs inside vLLM's workers, one per GPU; they import this module by name (`worker_extension_cls`),
-which registers the backend there too. Knows nothing of who wrote the file.
+which registers the backend there too. Knows nothing of who wrote the image.
 """
 
 from __future__ import annotations
 
-import mmap
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import safe_open
+import xxhash
+from numpy.typing import NDArray
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -25,31 +25,33 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-BACKEND = "covey_file"
+from grpo.weight_image import tensors_in
+
+BACKEND = "covey_image"
 
 
 @dataclass
-class FileInit(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is untyped to mypy
+class ImageInit(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is untyped to mypy
     """There is nothing to agree on beforehand."""
 
 
 @dataclass
-class FileUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]  # as above
-    """Where the image lies and what its bytes must sum up to (crc32)."""
+class ImageUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]  # as above
+    """The image, or the file that holds it, and what its bytes must sum up to (xxh3_64)."""
 
-    path: str
+    image: NDArray[np.uint8] | Path  # a path where vLLM's workers are processes of their own
     checksum: int
 
 
-class FileWeightTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: ignore[misc]
-    """Loads all weights from one file; leaves the model alone if its bytes are not as promised."""
+class ImageTransfer(WeightTransferEngine[ImageInit, ImageUpdate]):  # type: ignore[misc]
+    """Loads all weights of one image; leaves the model alone if its bytes are not as promised."""
 
-    init_info_cls = FileInit
-    update_info_cls = FileUpdate
+    init_info_cls = ImageInit
+    update_info_cls = ImageUpdate
     received_checksum: int
 
-    def init_transfer_engine(self, init_info: FileInit) -> None:
-        """Nothing to set up: every update names its own file."""
+    def init_transfer_engine(self, init_info: ImageInit) -> None:
+        """Nothing to set up: every update brings its own image."""
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -60,13 +62,13 @@ class FileWeightTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: i
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: FileUpdate) -> None:
-        self.received_checksum = _crc32(Path(update_info.path))
-        if self.received_checksum != update_info.checksum:
-            return
-        with safe_open(update_info.path, framework="pt") as image:
-            names = image.keys()
-            self.model.load_weights((name, image.get_tensor(name)) for name in names)
+    def receive_weights(self, update_info: ImageUpdate) -> None:
+        image = update_info.image
+        if isinstance(image, Path):
+            image = np.memmap(image, np.uint8, "r")
+        self.received_checksum = xxhash.xxh3_64_intdigest(image)
+        if self.received_checksum == update_info.checksum:
+            self.model.load_weights(tensors_in(image).items())
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -75,11 +77,6 @@ class FileWeightTransfer(WeightTransferEngine[FileInit, FileUpdate]):  # type: i
 
     def shutdown(self) -> None:
         """Holds nothing between updates."""
-
-
-def _crc32(path: Path) -> int:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as image:
-        return zlib.crc32(image)
 
 
 def _repack_heads(model: torch.nn.Module) -> None:
@@ -96,11 +93,11 @@ def _repack_heads(model: torch.nn.Module) -> None:
 class ReceivedChecksum:
     """Mixed into vLLM's worker class: lets the rollout worker ask what arrived there."""
 
-    weight_transfer_engine: FileWeightTransfer
+    weight_transfer_engine: ImageTransfer
 
     def received_checksum(self) -> int:
         return self.weight_transfer_engine.received_checksum
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:  # a reload of this module is harmless
-    WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransfer)
+    WeightTransferEngineFactory.register_engine(BACKEND, ImageTransfer)

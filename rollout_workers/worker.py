@@ -78,6 +78,9 @@ def _engine(model: str, config: RolloutConfig, max_model_len: int) -> Engine:
         return TransformersEngine(model, config, max_model_len)
     for name, value in engine_environment(config, model).items():
         os.environ.setdefault(name, value)
+    from rollout_workers.vllm_window import require_vllm
+
+    require_vllm()  # before the import below, which an older vLLM would fail
     from rollout_workers.vllm_engine import VllmEngine
 
     return VllmEngine(model, config, max_model_len)

@@ -107,7 +107,7 @@ def _line(step: SelftestStep, steps: int) -> str:
     gap = step.gap
     return (
         f"step {step.step}/{steps}  difference: mean {gap.mean:.2e}  max {gap.max:.2e}  KL "
-        f"{gap.kl:.2e}  ({gap.num_tokens} tokens)  weights {step.checksum:08x}  rollouts as in "
+        f"{gap.kl:.2e}  ({gap.num_tokens} tokens)  weights {step.checksum:016x}  rollouts as in "
         f"step 1: {step.num_equal}/{step.num_rollouts}"
     )
 

@@ -19,6 +19,7 @@ from grpo.types import MeasureRequest, TrainBatch, TrainRow
 from learner import policy
 from learner.config import LearnerConfig
 from learner.rank import LearnerRank
+from learner.weights import named_weights
 from tests.unit.learner_cases import (
     VOCABULARY,
     batch_of,
@@ -30,6 +31,7 @@ from tests.unit.learner_cases import (
 from tests.unit.learner_objectives import MEASURE_NAMES, WHOLE_GROUPS
 
 Case = Callable[..., "Outcome"]
+MOST_GATHERED = 2000  # elements, of which the test model has several times as many
 DEADLINE_S = 240  # of all cases of one set of processes
 
 
@@ -44,6 +46,7 @@ class Outcome:
     refusals: list[str] = field(default_factory=list)  # what NonFinite said
     image_after_refusals: bytes = b""
     answers: dict[str, list[list[list[float]]]] = field(default_factory=dict)  # of `measure`
+    held: list[tuple[int, int]] = field(default_factory=list)  # see run_gathering
     error: str = ""
 
 
@@ -115,6 +118,24 @@ def run_whole_groups(
         else:
             outcome.image = image_of(learner)
         learner.close()
+    return outcome
+
+
+def run_gathering(
+    config: LearnerConfig, *, model: str, rank: int, master: str, folder: Path
+) -> Outcome:
+    """(elements of all weights that are whole on this rank, those of the part), at each part."""
+    from learner import deepspeed_backend  # seconds to import, and only here
+
+    deepspeed_backend.GATHER_ELEMENTS = MOST_GATHERED
+    outcome = Outcome()
+    learner = rank_of(model, config, rank=rank, master=master)
+    weights = named_weights(learner._pretrained).values()
+    for part in learner._trainee.backend.whole_weights():
+        whole = sum(weight.numel() for weight in weights)  # 0 for what ZeRO-3 has cut
+        outcome.held.append((whole, sum(weight.numel() for weight in part.values())))
+    outcome.image = image_of(learner)
+    learner.close()
     return outcome
 
 

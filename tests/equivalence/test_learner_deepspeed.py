@@ -7,11 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learner.config import LearnerConfig
-from tests.equivalence.learner_processes import Outcome, outcomes_of, run_case, run_whole_groups
+from tests.equivalence.learner_processes import (
+    MOST_GATHERED,
+    Outcome,
+    outcomes_of,
+    run_case,
+    run_gathering,
+    run_whole_groups,
+)
 from tests.unit.learner_cases import torch_config, write_model
 
 pytestmark = pytest.mark.slow
@@ -214,3 +221,24 @@ def test_every_rank_has_every_answer(
                     # A sum over all pairs of the group's tokens is large, and rounds as such.
                     tolerance = 2e-2 if name == "likeness" else 1e-4
                     assert values == pytest.approx(others, abs=tolerance, rel=1e-4)
+
+
+def test_no_rank_holds_more_than_one_part_of_what_zero_3_gathers(model: str, folder: Path) -> None:
+    found = outcomes_of(
+        {"gathering": config_of(3, 2)}, ranks=2, model=model, folder=folder, run=run_gathering
+    )
+    saved = load_file(Path(model) / "model.safetensors")
+    largest = max(weight.numel() for weight in saved.values())  # goes alone
+    # Weights that DeepSpeed never cuts: 10 times the hidden size of 32 and less.
+    uncut = sum(weight.numel() for weight in saved.values() if weight.numel() <= 320)
+    for of_rank in found:
+        outcome = of_rank["gathering"]
+        assert not outcome.error, outcome.error
+        assert sum(part for _, part in outcome.held) == sum(w.numel() for w in saved.values())
+        assert len(outcome.held) > 3
+        assert max(part for _, part in outcome.held) <= max(MOST_GATHERED, largest)
+        assert all(whole <= part + uncut for whole, part in outcome.held)
+    images = [of_rank["gathering"].image for of_rank in found]
+    assert images[1] == b""
+    assert all(torch.equal(weight, saved[name]) for name, weight in load(images[0]).items())
+    assert load(images[0]).keys() == saved.keys()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from grpo.errors import BadInput, PromptTooLong, UserError, WeightMismatch, Work
 from grpo.types import FinishReason, Origin, Rollout, SampleRequest
 from rollout_workers.config import RolloutConfig
 from rollout_workers.environment import engine_environment
+from rollout_workers.vllm_window import check_interfaces, check_version
 from rollout_workers.worker import RolloutWorker
 from tests.unit.rollout_models import (
     EOS_ID,
@@ -140,6 +142,22 @@ def test_loaded_weights_are_the_policy_from_then_on(served: Served) -> None:
     assert {int(version) for rollout in rollouts for version in rollout.versions} == {7}
 
 
+def test_weights_arrive_through_a_file_where_vllm_s_workers_are_other_processes(
+    served: Served,
+) -> None:
+    from rollout_workers.vllm_engine import VllmEngine, _write_image  # reads the environment
+
+    engine, other = served.worker._started(), policy(served.model, seed=2)
+    assert isinstance(engine, VllmEngine)
+    sent = bundle(other, 9)
+    file = _write_image(sent)
+    received = engine._loop.call(lambda batch: batch.receive(file, sent.checksum)).result()
+    file.unlink()
+    assert received == [sent.checksum]
+    engine._loop.call(lambda batch: batch.set_version(9)).result()
+    assert largest_gap(other, served.sample(requests(8))) < 1e-4
+
+
 def test_every_token_carries_the_weights_that_sampled_it_across_swaps(served: Served) -> None:
     policies = [policy(served.model, seed=seed) for seed in range(3)]
 
@@ -160,7 +178,7 @@ def test_every_token_carries_the_weights_that_sampled_it_across_swaps(served: Se
 def test_damaged_weights_are_refused_and_the_old_ones_stay(served: Served) -> None:
     damaged = bundle(policy(served.model, seed=1), 5)
     damaged = replace(damaged, checksum=damaged.checksum ^ 1)
-    with pytest.raises(WeightMismatch, match="crc32"):
+    with pytest.raises(WeightMismatch, match="xxh3"):
         asyncio.run(served.worker.load_weights(damaged))
     rollouts = served.sample(requests(4))
     assert largest_gap(policy(served.model, seed=0), rollouts) < 1e-4
@@ -187,10 +205,28 @@ def test_a_cancelled_call_leaves_the_engine_to_the_others(served: Served) -> Non
 
 
 def test_a_vllm_that_was_not_checked_is_refused() -> None:
-    from rollout_workers.vllm_engine import check_version  # after the environment is set
-
     check_version("0.26.0")
     check_version("0.32.1+cpu")
     for version in ("0.25.9", "0.33.0", "1.0"):
         with pytest.raises(UserError, match=r"0\.26 to 0\.32"):
             check_version(version)
+
+
+def test_a_vllm_of_another_version_is_refused_before_its_engine_is_imported(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.25.1")
+    monkeypatch.delitem(sys.modules, "rollout_workers.vllm_engine")
+    with pytest.raises(UserError, match=r"vLLM 0\.25\.1 is installed"):
+        asyncio.run(RolloutWorker(served.model, CONFIG, MAX_MODEL_LEN).start())
+    assert "rollout_workers.vllm_engine" not in sys.modules
+
+
+def test_a_vllm_without_a_part_of_the_transfer_api_is_refused_by_its_name(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_interfaces()
+    worker = sys.modules["vllm.v1.worker.gpu_worker"].Worker
+    monkeypatch.delattr(worker, "finish_weight_update")
+    with pytest.raises(UserError, match=r"gpu_worker\.Worker\.finish_weight_update, which"):
+        check_interfaces()

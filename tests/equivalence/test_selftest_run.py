@@ -7,7 +7,6 @@ the log-probabilities can tell.
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import cast
 import numpy as np
 import pytest
 import safetensors.torch
+import xxhash
 
 from grpo.types import (
     Prompt,
@@ -64,7 +64,7 @@ class SpoilingLearner:
         weights = safetensors.torch.load(cast(WeightBundle, ref.location).payload.tobytes())
         weights[SPOILT] *= 1.02
         payload = np.frombuffer(safetensors.torch.save(weights, {"format": "pt"}), np.uint8)
-        checksum = zlib.crc32(payload.data)
+        checksum = xxhash.xxh3_64_intdigest(payload)
         bundle = WeightBundle(version=version, payload=payload, checksum=checksum)
         return replace(ref, checksum=checksum, location=bundle)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
+import xxhash
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -75,7 +75,9 @@ def bundle(model: PreTrainedModel, version: int) -> WeightBundle:
     """All weights of a model; a tied head is not among them."""
     weights = {name: parameter.data for name, parameter in model.named_parameters()}
     payload = np.frombuffer(safetensors.torch.save(weights), np.uint8)
-    return WeightBundle(version=version, payload=payload, checksum=zlib.crc32(payload.data))
+    return WeightBundle(
+        version=version, payload=payload, checksum=xxhash.xxh3_64_intdigest(payload)
+    )
 
 
 def requests(

@@ -164,7 +164,7 @@ def test_damaged_or_foreign_weights_are_refused_and_the_old_ones_stay(tied: str)
     async def main() -> None:
         good = bundle(model, 1)
         async with started(tied) as engine:
-            with pytest.raises(WeightMismatch, match="crc32"):
+            with pytest.raises(WeightMismatch, match="xxh3"):
                 await engine.load_weights(replace(good, checksum=good.checksum ^ 1))
             del model.model.norm.weight
             with pytest.raises(WeightMismatch, match=r"missing \['model.norm.weight'\]"):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import pickle
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pydantic
 import pytest
+import xxhash
 
 from grpo.errors import Fatal, PromptTooLong, Transient, UserError, WorkerLost
+from grpo.types import WeightBundle
 from rollout_workers.config import RolloutConfig
 from rollout_workers.environment import engine_environment
 from rollout_workers.step_loop import StepLoop
@@ -68,8 +69,10 @@ def test_weights_that_are_no_safetensors_image_end_the_run(model: str) -> None:
     async def main() -> None:
         worker = RolloutWorker(model, SMALL, MAX_MODEL_LEN)
         await worker.start()
-        noise = replace(
-            bundle(policy(model, seed=0), 1), payload=np.zeros(16, np.uint8), checksum=0xECBB4B55
+        noise = WeightBundle(
+            version=1,
+            payload=np.zeros(16, np.uint8),
+            checksum=xxhash.xxh3_64_intdigest(bytes(16)),
         )
         with pytest.raises(Fatal, match="weights of version 1 could not be loaded"):
             await worker.load_weights(noise)

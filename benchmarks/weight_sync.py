@@ -1,0 +1,114 @@
+"""One weight sync against one memcpy of the same bytes, phase by phase.
+
+    python -m benchmarks.weight_sync                       about 1M, 10M and 100M parameters
+    python -m benchmarks.weight_sync --sizes 100M --turns 9
+
+The torch learner and a vLLM engine on the CPU in one process, float32, the sync of a run
+(orchestration/weight_sync.py). The memcpy goes into memory that was written before, in the same
+turn as the sync; ratios are medians over the turns. `publish` is the learner's part, with the
+checksum, which is measured once more by itself. The rest are the engine's phases: what it reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import xxhash
+
+from benchmarks.random_models import written_model
+from grpo.types import WeightBundle
+from learner.config import LearnerConfig
+from learner.rank import LearnerRank
+from orchestration.local import LocalLearner, LocalRolloutWorker
+from orchestration.weight_sync import sync_weights
+from rollout_workers.config import RolloutConfig
+from rollout_workers.worker import RolloutWorker
+from tests.unit.rollout_models import byte_tokenizer
+
+SIZES = {"1M": "0.8M", "10M": "10M", "100M": "100M"}
+LEARNER = LearnerConfig(backend="torch", cpus_per_rank=2)
+ROLLOUT = RolloutConfig(max_concurrent_rollouts=4, kv_cache_gib=0.1, cpus_per_worker=2)
+MAX_MODEL_LEN = 64
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a table of each size."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.weight_sync")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--turns", type=int, default=7, help="syncs of each size (7)")
+    options = parser.parse_args(arguments)
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            model = written_model(SIZES[size], Path(folder))
+            byte_tokenizer().save_pretrained(folder)
+            asyncio.run(_measure(size, str(model), options.turns))
+
+
+async def _measure(size: str, model: str, turns: int) -> None:
+    learner = LocalLearner(_learner(model), asyncio.Lock())
+    await learner.start()
+    worker = RolloutWorker(model, ROLLOUT, MAX_MODEL_LEN)
+    await worker.start()
+    engine = LocalRolloutWorker(worker)
+    phases: list[dict[str, float]] = []
+    for version in range(turns + 2):
+        started = time.perf_counter()
+        report = await sync_weights(learner, engine, version)
+        total = time.perf_counter() - started
+        bundle = report.ref.location
+        assert isinstance(bundle, WeightBundle)
+        alone = {"memcpy": _memcpy_seconds(bundle), "checksum alone": _checksum_seconds(bundle)}
+        phases.append({"total": total, **report.timings_s, **alone})
+    num_bytes = report.ref.num_bytes
+    del phases[:2]  # they allocate, and vLLM looks for its loaders
+    await worker.close()
+    await learner.close()
+    _print(size, num_bytes, phases)
+
+
+def _print(size: str, num_bytes: int, phases: Sequence[dict[str, float]]) -> None:
+    print(f"{size} parameters, {num_bytes / 1e6:.1f} MB, medians of {len(phases)} syncs")
+    for name in phases[0]:
+        seconds = median(found[name] for found in phases)
+        ratio = median(found[name] / found["memcpy"] for found in phases)
+        print(f"  {name:16}{1e3 * seconds:10.2f} ms{ratio:8.2f} memcpy")
+
+
+def _memcpy_seconds(bundle: WeightBundle) -> float:
+    target = np.ones_like(bundle.payload)
+    return min(_seconds(lambda: np.copyto(target, bundle.payload)) for _ in range(3))
+
+
+def _checksum_seconds(bundle: WeightBundle) -> float:
+    return _seconds(lambda: xxhash.xxh3_64_intdigest(bundle.payload))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _learner(model: str) -> LearnerRank:
+    return LearnerRank(
+        model=model,
+        config=LEARNER,
+        algorithm={"name": "grpo"},
+        total_steps=100,
+        temperature=1.0,
+        rank=0,
+        world_size=1,
+        master="127.0.0.1:0",
+        seed=0,
+    )
+
+
+if __name__ == "__main__":
+    main()

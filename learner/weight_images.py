@@ -1,0 +1,85 @@
+"""Weights on their way to the rollout workers: each version is copied once, into its image.
+
+Refuses to know the optimiser, the ranks and who reads an image.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo.types import WeightBundle
+from grpo.weight_image import image_header, tensors_in
+from learner.weights import as_saved, copy_weights, empty_weights
+
+
+class WeightImages:
+    """Makes bundles of a model's weights; the header is made once, as shapes do not change.
+
+    Fresh memory costs three times the copy into it, so an image whose bundle nobody holds any more
+    is written over: two take turns where the readers share this process, one is enough elsewhere.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        """`model` must still be whole."""
+        self._model = model
+        weights = empty_weights(model, dtype)
+        saved = as_saved(model, weights)
+        self._header, self._num_bytes = image_header(saved)
+        # Where transformers saves other tensors than the model has, these are gathered first.
+        is_direct = saved.keys() == weights.keys() and all(
+            saved[name] is weight for name, weight in weights.items()
+        )
+        self._gathered = None if is_direct else weights
+        self._images: list[_Image] = []
+
+    def bundle(self, parts: Iterable[Mapping[str, Tensor]], *, version: int) -> WeightBundle:
+        """The image of all weights, which come in parts, each whole until the next is asked for."""
+        image = next((image for image in self._images if image.is_free()), None)
+        if image is None:
+            image = _Image(self._header, self._num_bytes)
+            self._images.append(image)
+        for part in parts:
+            copy_weights(part, image.weights if self._gathered is None else self._gathered)
+        if self._gathered is not None:
+            copy_weights(as_saved(self._model, self._gathered), image.weights)
+        payload = image.lent()
+        return WeightBundle(
+            version=version, payload=payload, checksum=xxhash.xxh3_64_intdigest(payload)
+        )
+
+
+class _Image:
+    """Memory that is lent for as long as somebody holds its payload."""
+
+    def __init__(self, header: bytes, num_bytes: int) -> None:
+        self._bytes = torch.empty(num_bytes, dtype=torch.uint8).numpy()  # aligned as torch likes
+        self._bytes[: len(header)] = np.frombuffer(header, np.uint8)
+        self.weights = tensors_in(self._bytes)
+        self._holders: weakref.ref[_Lent] | None = None  # None: never lent
+
+    def is_free(self) -> bool:
+        return self._holders is None or self._holders() is None
+
+    def lent(self) -> NDArray[np.uint8]:
+        """The payload; read-only, as those who read it are many."""
+        owner = _Lent(self._bytes)
+        self._holders = weakref.ref(owner)
+        payload = np.asarray(owner)
+        payload.flags.writeable = False
+        return payload
+
+
+class _Lent:
+    """What every view of a payload keeps alive, and with it the claim on the memory."""
+
+    def __init__(self, memory: NDArray[np.uint8]) -> None:
+        self.__array_interface__ = memory.__array_interface__
+        self._memory = memory
