@@ -12,6 +12,7 @@ group contains.
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_right
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
@@ -89,8 +90,9 @@ class GroupBuffer(Generic[T]):
                 raise Closed
             chosen = self._takeable(count)
             self._taken += count
+            ascending = sorted(chosen)
             for group in self._live:
-                self._overtaken[group] += sum(other > group for other in chosen)
+                self._overtaken[group] += count - bisect_right(ascending, group)
             taken = [value for group in chosen if (value := self._live.pop(group)) is not None]
             self._overtaken = {group: self._overtaken[group] for group in self._live}
             return taken

@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "copy the model of a checkpoint, for AutoModelForCausalLM and vLLM",
     "replay": "recompute a recorded step of a run, and compare it bit for bit",
     "selftest": "train at rate 0: neither the policy nor the engine's difference may move",
+    "simulate": "the driver against workers that only wait: what limits a step, at any size",
     "preference": "collect answers, train and measure a preference model (WS-GRPO)",
     "judge": "train a small model that judges steps (SGPO), and compare it with the rule",
     "serve-scorer": "answer OpenRLHF's POST /get_reward with a recipe's scorers",

@@ -65,8 +65,13 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     return read_recipe(path, overrides).recipe
 
 
-def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """The same, together with what its author should be told."""
+def read_recipe(
+    path: Path | str, overrides: Sequence[str] = (), *, needs_files: bool = True
+) -> LoadedRecipe:
+    """The same, together with what its author should be told.
+
+    Without `needs_files` its model and data may be elsewhere.
+    """
     file = found_recipe(Path(path))
     source = read_yaml(file)
     places = {path: f"line {line}" for path, line in source.lines.items()}
@@ -75,7 +80,8 @@ def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
     for override in overrides:
         _apply(override, data, notices, problems, places)
     folders = (Path.cwd(), file.parent, REPOSITORY)
-    problems += [f"{_place(places, at)}{at}: {why}" for at, why in resolve_paths(data, folders)]
+    missing = [f"{_place(places, at)}{at}: {why}" for at, why in resolve_paths(data, folders)]
+    problems += missing if needs_files else []
     recipe = _validated(data, places, problems)
     if recipe is None or problems:
         raise UserError(_message(file, problems))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -39,7 +39,8 @@ from orchestration.waits import Waits
 from orchestration.weight_sync import fresh_agreement, sync_weights
 
 PROBE_GROUP = -1  # group id of the rollouts that only check the weight sync
-PROBE_ROLLOUTS = 4  # about a hundred tokens: a mean over fewer is noisy in bfloat16
+PROBE_ROLLOUTS = 4  # together about a hundred tokens: a mean over fewer is noisy in bfloat16
+PROBE_TOKENS = 32  # of each at most: the learner waits, and a whole answer may take a minute
 DROP_HISTORY_STEPS = 8  # the alarms look at the groups of about this many steps
 MAX_SKIPPED_IN_A_ROW = 100_000  # as many prompts as a large data set has
 
@@ -283,13 +284,15 @@ class Driver:
         return {**metrics, "log_prob_gap": gap}
 
     def _probe(self, step: int) -> list[SampleRequest]:
+        most = min(PROBE_TOKENS, self._common.sampling.max_tokens)
+        sampling = replace(self._common.sampling, max_tokens=most)
         return [
             SampleRequest(
                 group=PROBE_GROUP,
                 index=index,
                 context=self._prompt_at(step).tokens,
                 guidance=np.zeros(0, np.int32),
-                sampling=self._common.sampling,
+                sampling=sampling,
                 seed=rollout_seed(self._common.run_seed, PROBE_GROUP, step, index),
             )
             for index in range(PROBE_ROLLOUTS)

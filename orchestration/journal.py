@@ -6,10 +6,11 @@ Decides nothing. Refuses to know how files, trackers and the screen work.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 
 from grpo.pipeline import Pipeline, Reward
+from grpo.types import TrainRow
 from orchestration.display import Display
 from orchestration.driver import TrainedStep
 from orchestration.group_task import DroppedGroup
@@ -47,12 +48,14 @@ class RunJournal:
     def trained(self, step: TrainedStep) -> None:
         """A step is done and its weights are with the engines."""
         now = time.time()
-        rows = [row for update in step.built.batch.updates for row in update]
+        rows_of: dict[int, list[TrainRow]] = defaultdict(list)
+        for row in (row for update in step.built.batch.updates for row in update):
+            rows_of[row.group].append(row)
         times = {done.group.id: done.times for done in step.groups}
         for rewarded in step.built.rewarded:
             record = trained_record(
                 rewarded,
-                [row for row in rows if row.group == rewarded.group.id],
+                rows_of[rewarded.group.id],
                 terms=self._terms,
                 times=times[rewarded.group.id],
                 trained=now,

@@ -136,7 +136,7 @@ class _Run:
             else:
                 status, cause = RunStatus.INTERRUPTED, "a stop was requested"
         except BaseException as raised:
-            error = _root(raised)
+            error = root_cause(raised)
             if isinstance(error, UserError) and self._inputs.resume is None and not self._trained:
                 # The user's mistake: no folder of a run that never began.
                 shutil.rmtree(self._run.path, ignore_errors=True)
@@ -267,7 +267,7 @@ class _Run:
                 await self._save(roles, saver, progress)
 
         driver = Driver(
-            schedule=_schedule(recipe),
+            schedule=planned_schedule(recipe),
             common=GroupRecipe(
                 pipeline=self._inputs.pipeline,
                 sampling=recipe.sampling.drawn(),
@@ -297,7 +297,9 @@ class _Run:
             return await driver.run()
         except BaseException as raised:
             self._progress = driver.progress
-            if driver.is_between_steps and not isinstance(_root(raised), asyncio.CancelledError):
+            if driver.is_between_steps and not isinstance(
+                root_cause(raised), asyncio.CancelledError
+            ):
                 await self._rescue(roles, saver)
             raise
         finally:
@@ -351,7 +353,8 @@ class _Run:
         )
 
 
-def _schedule(recipe: Recipe) -> Schedule:
+def planned_schedule(recipe: Recipe) -> Schedule:
+    """What the recipe asks of the driver."""
     return Schedule(
         steps=recipe.steps,
         groups_per_step=recipe.sampled_per_step,
@@ -377,7 +380,7 @@ def _others(roles: Roles, rows: WaitingRows) -> dict[str, Checkpointed]:
     return {"stage": rows, **{f"scorers/{name}": scorer for name, scorer in learning.items()}}
 
 
-def _root(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """The first leaf of a group: what failed later was cancelled, or is a consequence."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -23,6 +23,7 @@ from grpo.config import AlgorithmConfig, Schema
 from grpo.errors import UserError
 from grpo.types import Sampling
 from learner.config import LearnerConfig
+from orchestration.simulation.config import SimulationConfig
 from reward_services.config import ScorerConfig
 from rollout_workers.config import RolloutConfig
 
@@ -205,6 +206,7 @@ class Recipe(Schema):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     alarms: AlarmConfig = AlarmConfig()
+    simulation: SimulationConfig = SimulationConfig()
     output: str = Field("runs", description="run folders are made in here")
     trackers: tuple[Tracker, ...] = ()
 

@@ -87,6 +87,13 @@ async def started_roles(
         on_phase("starting Ray")
         make = _cluster_parts(recipe)
     on_phase("starting rollout workers, scorers and learner")
+    async with started_parts(recipe, make, waits=waits) as roles:
+        yield roles
+
+
+@asynccontextmanager
+async def started_parts(recipe: Recipe, make: Parts, *, waits: Waits) -> AsyncIterator[Roles]:
+    """The same from given parts: pools of the recipe's sizes around them."""
     engine = RolloutPool(
         make.rollout_spawner,
         retries=WORKER_RETRIES,
@@ -167,7 +174,7 @@ async def started_learner(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Parts:
+class Parts:
     """How one kind of place makes the roles."""
 
     rollout_spawner: Spawner[RolloutEngine]
@@ -188,13 +195,13 @@ def _learner_arguments(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _local_parts(recipe: Recipe) -> _Parts:
+def _local_parts(recipe: Recipe) -> Parts:
     # Imported here: a run on a cluster need not load torch into the driver.
     from orchestration.local import LocalRolloutSpawner, LocalScorerSpawner
 
     loading = asyncio.Lock()
     learner = _local_learner(recipe, loading)
-    return _Parts(
+    return Parts(
         rollout_spawner=LocalRolloutSpawner(
             lambda: RolloutWorker(recipe.model, recipe.rollout, recipe.max_model_len), loading
         ),
@@ -217,7 +224,7 @@ def _local_learner(recipe: Recipe, loading: asyncio.Lock) -> LocalLearner:
     return LocalLearner(rank, loading)
 
 
-def _cluster_parts(recipe: Recipe) -> _Parts:
+def _cluster_parts(recipe: Recipe) -> Parts:
     # Imported here: a local run needs no Ray.
     from orchestration import handles
 
@@ -227,7 +234,7 @@ def _cluster_parts(recipe: Recipe) -> _Parts:
     async def close() -> None:
         handles.disconnect()
 
-    return _Parts(
+    return Parts(
         rollout_spawner=handles.RayRolloutSpawner(
             recipe,
             recipe.model,

@@ -1,0 +1,1 @@
+"""The real driver against engines, scorers and a learner that only wait: `covey simulate`."""
