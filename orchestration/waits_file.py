@@ -50,7 +50,7 @@ class WaitsRecord:
     written: float  # wall clock
     step: int  # done so far
     num_waits: int
-    waits: tuple[WaitRecord, ...]  # oldest first, at most MAX_WAITS
+    waits: tuple[WaitRecord, ...]  # the oldest, then the one whose deadline comes first
     workers: Mapping[str, Whereabouts]  # processes of the owners; an absent one is in `pid`
 
 
@@ -86,7 +86,7 @@ def waits_record(waits: Waits, step: int) -> WaitsRecord:
         written=time.time(),
         step=step,
         num_waits=len(opened),
-        waits=tuple(_record(wait, chains, offset) for wait in opened[:MAX_WAITS]),
+        waits=tuple(_record(wait, chains, offset) for wait in _chosen(opened)),
         workers=dict(waits.whereabouts),
     )
 
@@ -98,6 +98,11 @@ def read_waits(run: Path) -> WaitsRecord | None:
         return TypeAdapter(WaitsRecord).validate_json(text)
     except (OSError, ValidationError):
         return None
+
+
+def _chosen(opened: list[Wait]) -> list[Wait]:
+    timed = [wait for wait in opened[MAX_WAITS:] if wait.deadline is not None]
+    return [*opened[:MAX_WAITS], *sorted(timed, key=lambda wait: wait.deadline or 0.0)[:1]]
 
 
 def _record(wait: Wait, chains: WaitChains, offset: float) -> WaitRecord:

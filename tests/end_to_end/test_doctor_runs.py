@@ -65,7 +65,7 @@ def test_a_learner_rank_that_hangs_is_named_by_the_run_and_by_the_doctor(tmp_pat
         alarms__worker_s=20,  # generous for a machine with other load
         alarms__stall_s=25,
     )
-    print("".join(lines_until(run, "step 2/500")))
+    lines_until(run, "step 2/500")
     left = only_run(tmp_path / "runs").path
     waits = read_waits(left)
     assert waits is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from orchestration.doctor import Diagnosis, RunState, diagnosed
 from orchestration.run_directory import RunDirectory, RunStatus, RunSummary, write_json
 from orchestration.waiting import Whereabouts
 from orchestration.waits import Waits
-from orchestration.waits_file import WAITS_FILE, WaitsRecord, waits_kept, waits_record
+from orchestration.waits_file import MAX_WAITS, WAITS_FILE, WaitsRecord, waits_kept, waits_record
 from tests.unit.small_project import written_project
 
 
@@ -179,3 +180,28 @@ def test_the_file_is_there_while_the_run_goes_on_and_gone_afterwards(tmp_path: P
         assert not (tmp_path / WAITS_FILE).exists()
 
     asyncio.run(scenario())
+
+
+def test_of_thousands_of_waits_the_oldest_are_written_and_the_one_that_is_nearest_to_its_end() -> (
+    None
+):
+    async def scenario() -> WaitsRecord:
+        waits = Waits()
+        with ExitStack() as groups:
+            for group in range(3 * MAX_WAITS):
+                groups.enter_context(waits.noted(f"group {group}"))
+
+            async def look() -> WaitsRecord:
+                return waits_record(waits, 1)
+
+            async def sampled() -> WaitsRecord:
+                return await waits.within(60.0, "rollout worker 1: sampling", look())
+
+            return await waits.within(90.0, "rollout worker 0: sampling", sampled())
+
+    record = asyncio.run(scenario())
+    assert record.num_waits == 3 * MAX_WAITS + 2
+    assert [wait.owner for wait in record.waits[MAX_WAITS - 1 :]] == [
+        f"group {MAX_WAITS - 1}",
+        "rollout worker 1",
+    ]
