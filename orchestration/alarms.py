@@ -5,11 +5,13 @@ Pure bookkeeping over finished groups; refuses to know the loops that feed it.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from grpo.batch import BuiltBatch
 from grpo.errors import Fatal
 from grpo.types import Dropped, Group
 from orchestration.group_task import DroppedGroup, FinishedGroup
@@ -69,6 +71,56 @@ class FailureAlarm:
                 f"reason, {count} times: {reason}. Mend the scorer and resume from the last "
                 "checkpoint, or raise max_failure_rate"
             )
+
+
+class LearningAlarm:
+    """Ends a run that goes on sampling, but whose steps have nothing to learn from any more.
+
+    A step teaches nothing if all its groups were rewarded alike and no advantage is other than 0.
+    That every completion was cut off is the cause, where it is so, and no stop of its own: a run
+    of fixed length still learns.
+    """
+
+    def __init__(self, *, max_steps: int) -> None:
+        self._max_steps = max_steps
+        self._in_a_row = 0
+        self._is_cut_off = False
+        self._reward = 0.0
+
+    def observe(self, built: BuiltBatch, metrics: Mapping[str, float]) -> None:
+        """Count a step that was trained on."""
+        self._in_a_row = 0 if _teaches(built, metrics) else self._in_a_row + 1
+        self._is_cut_off = metrics["completions/clipped_ratio"] == 1.0
+        self._reward = metrics.get("reward", math.nan)  # absent where no rollout has one
+
+    def require_signal(self) -> None:
+        """Fatal after too many steps in a row that taught nothing."""
+        if self._in_a_row < self._max_steps:
+            return
+        if self._is_cut_off:
+            cause = (
+                "every completion was cut off by its budget: raise sampling.max_completion_length, "
+                "and see that the model ends its answers (chat template, end-of-text token)"
+            )
+        else:
+            cause = (
+                "the prompts are too easy or too hard for this model, or the scorer gives the same "
+                "score to everything: look at the answers in groups.jsonl, change the data, raise "
+                "sampling.temperature or the rollouts of a group"
+            )
+        raise Fatal(
+            f"the last {self._in_a_row} steps taught nothing: in each of them all rewards of a "
+            f"group were equal (mean of the last one: {self._reward:.3g}). Probably {cause}. "
+            f"alarms.steps_without_signal allows {self._max_steps - 1}"
+        )
+
+
+def _teaches(built: BuiltBatch, metrics: Mapping[str, float]) -> bool:
+    return metrics["frac_reward_zero_std"] < 1.0 or any(
+        bool(np.any(row.advantages * row.weights * row.policy_weights))
+        for update in built.batch.updates
+        for row in update
+    )
 
 
 class SkipAlarm:

@@ -23,7 +23,14 @@ import numpy as np
 from grpo.batch import BuiltBatch
 from grpo.errors import DeadlineExceeded, Stalled, WeightMismatch
 from grpo.types import Prompt, SampleRequest, StepReport
-from orchestration.alarms import DropAlarm, FailureAlarm, SkipAlarm, refuse_stale, staleness
+from orchestration.alarms import (
+    DropAlarm,
+    FailureAlarm,
+    LearningAlarm,
+    SkipAlarm,
+    refuse_stale,
+    staleness,
+)
 from orchestration.buffer import Closed, GroupBuffer
 from orchestration.group_task import (
     DroppedGroup,
@@ -108,6 +115,7 @@ class Driver:
         bounds = {name: role.max_failure_rate for name, role in common.scorers.items()}
         self._drops = DropAlarm(history=history, max_rate=schedule.max_dropped_rate)
         self._skips = SkipAlarm(max_in_a_row=MAX_SKIPPED_IN_A_ROW)
+        self._learning = LearningAlarm(max_steps=schedule.max_steps_without_signal)
         self._failures = FailureAlarm(
             history=history,
             max_rates={name: bound for name, bound in bounds.items() if bound is not None},
@@ -144,19 +152,24 @@ class Driver:
     async def _admit(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             try:
-                group = await self._buffer.admit()
+                with self._waits.noted("buffer: a free slot for the next group"):
+                    group = await self._buffer.admit()
             except Closed:
                 return
             tasks.create_task(self._run_group(group), name=f"group {group}")
 
     async def _run_group(self, group_id: int) -> None:
         prompt = self._prompt_at(group_id)
-        outcome = await run_group(self._common, group_id, prompt, self.progress.algorithm_state)
+        with self._waits.noted(_group_name(group_id)):
+            state = self.progress.algorithm_state
+            outcome = await run_group(self._common, group_id, prompt, state)
         if isinstance(outcome, DroppedGroup):
+            # The slot is freed and the record written without a pause between them: a checkpoint
+            # either has the group pending and no record of it, or the record.
+            await self._buffer.drop(group_id)
             self._journal.dropped(outcome)
             if outcome.dropped.is_planned:  # no alarm, and no progress: nothing was sampled
                 self._skips.observe(outcome.dropped)
-                await self._buffer.drop(group_id)
                 return
         self._last_progress = time.monotonic()
         self._num_sampled += sum(r.num_tokens for r in outcome.group.rollouts)
@@ -165,8 +178,6 @@ class Driver:
         self._drops.observe(outcome)
         if isinstance(outcome, FinishedGroup):
             await self._buffer.finish(group_id, outcome)
-        else:
-            await self._buffer.drop(group_id)
 
     async def _train(self) -> bool:
         schedule = self._schedule
@@ -180,6 +191,7 @@ class Driver:
             self.is_between_steps = False
             await self._step(step, groups, started)
             self.is_between_steps = True
+            self._learning.require_signal()
             at_end = step == schedule.steps
             if _due(step, schedule.checkpoint_every) or at_end:
                 await self._checkpoint(self.progress)
@@ -197,8 +209,9 @@ class Driver:
             try:
                 return await self._waits.within(
                     left,
-                    f"training: waiting for {count} finished groups",
+                    f"buffer: waiting for {count} finished groups",
                     self._buffer.take(count),
+                    behind=lambda: map(_group_name, self._buffer.in_progress),
                 )
             except DeadlineExceeded as error:
                 if self._last_progress > seen:
@@ -218,7 +231,9 @@ class Driver:
         timings |= await self._synced(version)
         timings |= {f"learner/{phase}": s for phase, s in learnt.report.timings_s.items()}
         gap = await self._checked_gap(step, version, learnt.report)
+        scorer_metrics = await self._scorer_metrics()
         await self._buffer.release(len(fresh))
+        # No pause from here to the journal, as above.
         self.progress = Progress(
             step=step,
             version=version,
@@ -230,9 +245,10 @@ class Driver:
         )
         metrics = {**learnt.built.metrics, **learnt.report.metrics, **learnt.metrics, **gap}
         metrics |= staleness(fresh, before.version) | self._replay.metrics(mixed)
-        metrics |= await self._scorer_metrics()
+        metrics |= scorer_metrics
         timings["step"] = time.monotonic() - started
         metrics |= {f"timing_s/{phase}": seconds for phase, seconds in timings.items()}
+        self._learning.observe(learnt.built, metrics)
         num_tokens = sum(r.num_tokens for done in fresh for r in done.group.rollouts)
         metrics["perf/throughput"] = num_tokens / timings["step"]
         self._journal.trained(
@@ -250,7 +266,7 @@ class Driver:
         """Bring the learner's weights to the engines; seconds by phase."""
         sync = await self._waits.within(
             self._schedule.sync_deadline_s,
-            f"weight sync of version {version}",
+            f"weight sync: version {version}",
             sync_weights(self._learner, self._common.engine, version),
         )
         return {f"sync/{phase}": seconds for phase, seconds in sync.timings_s.items()}
@@ -269,7 +285,7 @@ class Driver:
         else:
             found = await self._waits.within(
                 self._schedule.sync_deadline_s,
-                f"check of version {version} with a fresh rollout",
+                f"weight check: version {version} with a fresh rollout",
                 fresh_agreement(self._learner, self._common.engine, self._probe(step)),
             )
             gap, metrics = found.mean, found.metrics()
@@ -301,6 +317,10 @@ class Driver:
 
 class _Finished(Exception):
     """The training loop has returned."""
+
+
+def _group_name(group: int) -> str:
+    return f"group {group}"
 
 
 def _due(step: int, every: int) -> bool:

@@ -17,6 +17,7 @@ from grpo.errors import BadInput, Fatal
 from grpo.pipeline import Pipeline, State
 from grpo.types import Dropped, Group, Prompt, RolloutPlan, Sampling
 from orchestration.rollout_plans import PlanTokenizer, grown, placed, without_sampling
+from orchestration.waits import waiting_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +130,8 @@ async def _sampled(
         for item in items
         if item.is_sampled
     ]
-    sampled = iter(await common.engine.sample(requests) if requests else ())
+    what = f"rollout workers: {len(requests)} rollouts of group {group.id}, wave {wave}"
+    sampled = iter(await waiting_for(what, common.engine.sample(requests)) if requests else ())
     rollouts = [
         next(sampled) if item.is_sampled else without_sampling(item, common.tokenizer)
         for item in items
@@ -146,7 +148,10 @@ async def _scored(common: GroupRecipe, group: Group) -> Group:
     while any((wanted := common.pipeline.spans(group, names)).values()):
         scores = await asyncio.gather(
             *[
-                common.scorers[name].scorer.score(group, spans)
+                waiting_for(
+                    f"scorer {name}: {len(spans)} spans of group {group.id}",
+                    common.scorers[name].scorer.score(group, spans),
+                )
                 for name, spans in wanted.items()
                 if spans
             ]

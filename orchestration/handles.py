@@ -39,6 +39,8 @@ from learner.rank import LearnerRank
 from orchestration.config import Recipe
 from orchestration.placement import shortage, total
 from orchestration.scorer_pool import ScorerWorker
+from orchestration.waiting import Whereabouts
+from orchestration.waits import note_whereabouts, waiting_for
 from reward_services.config import ScorerConfig
 from reward_services.service import ScorerService
 from rollout_workers.worker import RolloutWorker
@@ -106,6 +108,23 @@ async def _answer(reference: Any) -> Any:
         raise WorkerLost(_in_short(error)) from error
 
 
+def _whereabouts(actor: object) -> Whereabouts:
+    """Runs in the actor. Ray has put files in the place of standard output and error."""
+    logs = [os.readlink(f"/proc/self/fd/{stream}") for stream in (1, 2)]
+    return Whereabouts(
+        pid=os.getpid(), node=ray.util.get_node_ip_address(), logs=tuple(dict.fromkeys(logs))
+    )
+
+
+async def _located(actor: ActorHandle[Any], owner: str | None = None) -> None:
+    """Register where an actor runs, before anything is asked of it that could hang."""
+    note_whereabouts(await _answer(actor.__ray_call__.remote(_whereabouts)), owner)
+
+
+def _rank(place: int) -> str:
+    return f"learner rank {place}"
+
+
 def _in_short(error: Exception) -> str:
     """Ray's sentence about the cause, without ids and general advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -145,6 +164,7 @@ class RayRolloutSpawner:
 
     async def spawn(self, place: int) -> RolloutEngine:
         actor = self._actor_class.remote(*self._arguments)
+        await _located(actor)
         await _answer(actor.start.remote())
         return RayRolloutWorker(actor)
 
@@ -191,6 +211,7 @@ class RayScorerSpawner:
 
     async def spawn(self, place: int) -> ScorerWorker:
         actor = self._actor_class.remote(self._config)
+        await _located(actor)
         await _answer(actor.start.remote())
         return RayScorer(actor)
 
@@ -268,6 +289,7 @@ class RayLearner:
 
     async def start(self, arguments: Mapping[str, Any]) -> None:
         """`arguments` of LearnerRank but for its place among the ranks."""
+        await self._all([_located(rank, _rank(i)) for i, rank in enumerate(self._ranks)])
         master = await _answer(self._ranks[0].free_address.remote())
         world_size = len(self._ranks)
         places = [{"rank": rank, "world_size": world_size} for rank in range(world_size)]
@@ -322,7 +344,11 @@ class RayLearner:
     async def _all(self, calls: Sequence[Any]) -> list[Any]:
         """Every rank's result; the first failure ends the wait for the others."""
         try:
-            return list(await asyncio.gather(*[_answer(call) for call in calls]))
+            return list(
+                await asyncio.gather(
+                    *[waiting_for(_rank(i), _answer(call)) for i, call in enumerate(calls)]
+                )
+            )
         except Transient as error:
             raise Fatal(
                 f"the learner is lost: {error}\nresume the run from its last checkpoint"

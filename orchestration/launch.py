@@ -41,12 +41,13 @@ from orchestration.run_directory import (
     write_json,
 )
 from orchestration.run_inputs import RunInputs, read_inputs
-from orchestration.saving import CheckpointReport, CheckpointSaver
+from orchestration.saving import BoundedSaving, CheckpointReport, CheckpointSaver
 from orchestration.stage import WaitingRows
 from orchestration.stops import StopSignals
 from orchestration.telemetry import ClockedEngine, PhaseClock, Telemetry
 from orchestration.versions import software_versions
 from orchestration.waits import Waits
+from orchestration.waits_file import waits_kept
 from orchestration.weight_sync import sync_weights
 
 EVALUATION_GROUPS = 1_000_000_000  # group ids of evaluations never meet those of training
@@ -69,7 +70,7 @@ class _Run:
         self._recipe = inputs.recipe
         self._display = display
         self._local = local
-        self._waits = Waits()
+        self._waits = Waits(on_trouble=display.message)
         self._clock = PhaseClock()
         self._versions = software_versions()
         self._before: Mapping[str, object] | None = None
@@ -165,6 +166,9 @@ class _Run:
 
     async def _with_roles(self) -> bool:
         async with AsyncExitStack() as started:
+            await started.enter_async_context(
+                waits_kept(self._run.path, self._waits, step=lambda: self._logged_step())
+            )
             with self._clock.phase("start"):
                 roles = await started.enter_async_context(
                     started_roles(
@@ -183,7 +187,7 @@ class _Run:
         before = await self._evaluate_before(roles)
         async with CheckpointSaver.opened(
             self._run.path,
-            roles.learner,
+            BoundedSaving(roles.learner, self._waits, self._recipe.alarms.stall_s),
             self._recipe.checkpoint,
             step=self._progress.step,
             on_saved=self._saved,
@@ -207,9 +211,14 @@ class _Run:
         self._display.phase(f"loading checkpoint of step {self._progress.step}")
         rows = WaitingRows()
         others = _others(roles, rows)
-        await load_checkpoint(self._inputs.resume.checkpoint, roles.learner, others)
+        learner = BoundedSaving(roles.learner, self._waits, self._recipe.alarms.stall_s)
+        await load_checkpoint(self._inputs.resume.checkpoint, learner, others)
         self._progress = replace(self._progress, stage_rows=rows.rows)
-        await sync_weights(roles.learner, roles.engine, self._progress.version)
+        await self._waits.within(
+            self._recipe.alarms.stall_s,
+            f"weight sync: version {self._progress.version}",
+            sync_weights(roles.learner, roles.engine, self._progress.version),
+        )
 
     async def _evaluate_before(self, roles: Roles) -> EvalReport | None:
         """A resumed run keeps the figures that it began with."""
@@ -225,7 +234,7 @@ class _Run:
     async def _evaluated(self, roles: Roles, label: str, step: int) -> EvalReport:
         recipe = self._recipe
         self._display.phase(f"evaluating ({label})")
-        with self._clock.phase("evaluate"):
+        with self._clock.phase("evaluate"), self._waits.noted(f"evaluation: {label}"):
             report = await evaluate(
                 roles.engine,
                 roles.scorers[recipe.scorers[0].name].scorer,
@@ -368,6 +377,7 @@ def planned_schedule(recipe: Recipe) -> Schedule:
         evaluate_every=recipe.evaluation.every if recipe.data.evaluation else 0,
         max_log_prob_gap=recipe.alarms.log_prob_gap,
         max_dropped_rate=recipe.alarms.dropped_rate,
+        max_steps_without_signal=recipe.alarms.steps_without_signal,
         take_deadline_s=recipe.alarms.stall_s,
         train_deadline_s=recipe.alarms.stall_s,
         sync_deadline_s=recipe.alarms.stall_s,

@@ -95,7 +95,7 @@ class ActorPool(Generic[W]):
                 return await self._waits.within(self._deadline_s, name, call(worker))
             except Transient as error:
                 failure = error
-                await self._heal(place, worker)
+                await self._heal(place, worker, error)
             finally:
                 place.load -= 1
         assert failure is not None
@@ -116,22 +116,28 @@ class ActorPool(Generic[W]):
                     return await self._waits.within(self._deadline_s, name, call(worker))
                 except Transient as error:
                     failure = error
-            await self._heal(place, worker)
+            await self._heal(place, worker, failure)
         raise Exhausted(f"{name} failed {self._retries + 1} times, last: {failure}") from failure
 
     async def _least_loaded(self) -> _Place[W]:
         healthy = [place for place in self._places if place.healthy]
         if not healthy:  # wait until one is healed
-            async with self._places[0].changing:
-                healthy = [self._places[0]]
+            first = self._places[0]
+            with self._waits.noted(f"{self.role} {first.index}: being replaced"):
+                async with first.changing:
+                    healthy = [first]
         return min(healthy, key=lambda place: (place.load, place.index))
 
-    async def _heal(self, place: _Place[W], lost: W) -> None:
+    async def _heal(self, place: _Place[W], lost: W, cause: Transient) -> None:
         """Replace the lost worker, unless somebody already did."""
         place.healthy = False
         async with place.changing:
             if place.worker is lost:
-                await self._spawner.discard(lost)
+                name = f"{self.role} {place.index}"
+                self._waits.replacing(name, cause)
+                await self._waits.within(
+                    self._deadline_s, f"{name}: being ended", self._spawner.discard(lost)
+                )
                 place.worker = await self._spawn(place.index)
                 self.num_replaced += 1
             place.healthy = True

@@ -27,6 +27,7 @@ class Schedule:
     evaluate_every: int  # 0: not during training
     max_log_prob_gap: float
     max_dropped_rate: float
+    max_steps_without_signal: int
     take_deadline_s: float
     train_deadline_s: float
     sync_deadline_s: float

@@ -140,6 +140,12 @@ class AlarmConfig(Schema):
     dropped_rate: float = Field(
         0.95, gt=0, le=1, description="share of groups dropped before the run stops"
     )
+    steps_without_signal: int = Field(
+        100,
+        ge=1,
+        description="steps in a row whose groups were all rewarded alike, so that no advantage was "
+        "other than 0, before the run stops",
+    )
     worker_s: float = Field(
         600.0, gt=0, description="a worker that takes longer for one call is replaced"
     )

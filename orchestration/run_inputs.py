@@ -78,12 +78,7 @@ def read_inputs(recipe: Recipe, resume: str | None) -> RunInputs:
     )
     tokenization = Tokenization(recipe.model)
     data, longest = recipe.data, recipe.sampling.max_prompt_length
-    train_set = load_prompts(
-        data.train, data, tokenization, max_prompt_length=longest, split=data.split
-    )
-    prompts = train_set.prompts
-    if (order := data.curriculum) is not None:
-        prompts = easy_to_hard(prompts, column=order.column, values=order.values)
+    prompts = planned_order(recipe, tokenization)
     held_out: tuple[Prompt, ...] = ()
     if data.evaluation is not None:
         split = data.evaluation_split
@@ -94,8 +89,23 @@ def read_inputs(recipe: Recipe, resume: str | None) -> RunInputs:
         recipe=recipe,
         pipeline=pipeline,
         tokenization=tokenization,
-        prompts=PromptOrder(prompts, seed=recipe.seed, shuffle=data.shuffle),
+        prompts=prompts,
         held_out=held_out,
         resume=point,
         state=state,
     )
+
+
+def planned_order(recipe: Recipe, tokenization: Tokenization) -> PromptOrder:
+    """The prompt of every group that the recipe will ever admit."""
+    data = recipe.data
+    prompts = load_prompts(
+        data.train,
+        data,
+        tokenization,
+        max_prompt_length=recipe.sampling.max_prompt_length,
+        split=data.split,
+    ).prompts
+    if (order := data.curriculum) is not None:
+        prompts = easy_to_hard(prompts, column=order.column, values=order.values)
+    return PromptOrder(prompts, seed=recipe.seed, shuffle=data.shuffle)

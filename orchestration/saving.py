@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from orchestration.checkpoint import (
 )
 from orchestration.evaluation import EvalReport
 from orchestration.recipe import CheckpointConfig
+from orchestration.waits import Waits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,31 @@ class CheckpointReport:
             "checkpoint/blocked_s": self.blocked_s,
             "checkpoint/total_s": self.total_s,
         }
+
+
+class BoundedSaving:
+    """A learner that is saved or loaded within a deadline, under the name of a wait."""
+
+    def __init__(self, learner: SavedAside, waits: Waits, deadline_s: float) -> None:
+        self._learner = learner
+        self._waits = waits
+        self._deadline_s = deadline_s
+
+    async def snapshot(self) -> None:
+        """The learner copies its state aside."""
+        await self._waits.within(
+            self._deadline_s, "learner: copying its state", self._learner.snapshot()
+        )
+
+    async def write(self, folder: Path) -> Sequence[str]:
+        """The files that the learner wrote."""
+        what = f"learner: writing {folder.name}"
+        return await self._waits.within(self._deadline_s, what, self._learner.write(folder))
+
+    async def load(self, folder: Path) -> None:
+        """The learner goes on from the folder."""
+        what = f"learner: loading {folder.name}"
+        await self._waits.within(self._deadline_s, what, self._learner.load(folder))
 
 
 class CheckpointSaver:

@@ -14,6 +14,7 @@ import numpy as np
 from grpo.engines import PolicyLearner, RolloutEngine
 from grpo.errors import WeightMismatch
 from grpo.types import Origin, Rollout, SampleRequest, TrainRow, WeightRef
+from orchestration.waits import waiting_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +28,11 @@ class SyncReport:
 async def sync_weights(learner: PolicyLearner, engine: RolloutEngine, version: int) -> SyncReport:
     """Publish the learner's weights as `version` and load them in the engine."""
     started = time.monotonic()
-    ref = await learner.publish(version)
+    ref = await waiting_for(f"learner: publishing version {version}", learner.publish(version))
     published = time.monotonic()
-    report = await engine.load_weights(ref)
+    report = await waiting_for(
+        f"rollout workers: loading version {version}", engine.load_weights(ref)
+    )
     loaded = time.monotonic()
     if (report.version, report.checksum) != (ref.version, ref.checksum):
         raise WeightMismatch(
@@ -58,7 +61,10 @@ class Agreement:
 
 async def agreement(learner: PolicyLearner, rollouts: Sequence[Rollout]) -> Agreement:
     """Ask the learner about rollouts of its own version; at least one token must be sampled."""
-    theirs = await learner.log_probs([_row(rollout) for rollout in rollouts])
+    rows = [_row(rollout) for rollout in rollouts]
+    theirs = await waiting_for(
+        f"learner: log-probabilities of {len(rows)} rollouts", learner.log_probs(rows)
+    )
     pairs = [
         (np.asarray(values, np.float64) - rollout.log_probs)[_sampled(rollout)]
         for rollout, values in zip(rollouts, theirs, strict=True)
@@ -76,7 +82,8 @@ async def fresh_agreement(
     learner: PolicyLearner, engine: RolloutEngine, requests: Sequence[SampleRequest]
 ) -> Agreement:
     """The same of a few fresh tokens of the current version."""
-    return await agreement(learner, await engine.sample(requests))
+    what = f"rollout workers: {len(requests)} rollouts to compare log-probabilities on"
+    return await agreement(learner, await waiting_for(what, engine.sample(requests)))
 
 
 def _sampled(rollout: Rollout) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

@@ -69,6 +69,7 @@ def real_driver(
             evaluate_every=0,
             max_log_prob_gap=recipe.alarms.log_prob_gap,
             max_dropped_rate=0.9,
+            max_steps_without_signal=recipe.alarms.steps_without_signal,
             take_deadline_s=DEADLINE_S,
             train_deadline_s=DEADLINE_S,
             sync_deadline_s=DEADLINE_S,

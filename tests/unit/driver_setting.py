@@ -11,6 +11,7 @@ from grpo.pipeline import Pipeline
 from grpo.types import Sampling
 from orchestration.driver import Driver
 from orchestration.group_task import GroupRecipe, ScorerRole
+from orchestration.pool import RolloutPool
 from orchestration.progress import Progress, Schedule
 from orchestration.waits import Waits
 from tests.fakes import FakeEngine, FakeJournal, FakeLearner, FakeScorer, FakeTokenizer, a_prompt
@@ -29,6 +30,7 @@ def a_schedule(**changes: object) -> Schedule:
         evaluate_every=0,
         max_log_prob_gap=1e-3,
         max_dropped_rate=0.9,
+        max_steps_without_signal=100,
         take_deadline_s=5.0,
         train_deadline_s=5.0,
         sync_deadline_s=5.0,
@@ -56,6 +58,9 @@ class Setting:
         stop_on_failure: bool = False,
         max_failure_rate: float | None = None,
         engine: FakeEngine | None = None,
+        learner: FakeLearner | None = None,
+        pool: RolloutPool | None = None,
+        waits: Waits | None = None,
     ) -> None:
         progress = progress or Progress()
         scorer = scorer or FakeScorer()
@@ -66,7 +71,7 @@ class Setting:
             learning=scorer if scorer.learns else None,
         )
         self.engine = engine or FakeEngine(version=progress.version)
-        self.learner = FakeLearner(version=progress.version)
+        self.learner = learner or FakeLearner(version=progress.version)
         self.journal = FakeJournal()
         self.checkpoints: list[Progress] = []
         self.after_checkpoint: Callable[[Progress], None] = lambda progress: None
@@ -76,14 +81,14 @@ class Setting:
                 pipeline=pipeline or a_pipeline(algorithm),
                 sampling=SAMPLING,
                 run_seed=7,
-                engine=self.engine,
+                engine=pool or self.engine,
                 tokenizer=FakeTokenizer(),
                 scorers={"answer": role},
             ),
             learner=self.learner,
             prompt_at=a_prompt,
             journal=self.journal,
-            waits=Waits(),
+            waits=waits or Waits(),
             progress=progress,
             evaluate=self._evaluate,
             checkpoint=self._checkpoint,

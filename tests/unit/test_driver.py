@@ -196,7 +196,7 @@ def test_a_group_that_ends_begins_the_deadline_anew() -> None:
         within = setting.driver._waits.within
         expired = 0
 
-        async def expiring(seconds, name, awaitable):  # type: ignore[no-untyped-def]
+        async def expiring(seconds, name, awaitable, **options):  # type: ignore[no-untyped-def]
             """The first two waits for groups end at once, each after a group has ended."""
             nonlocal expired
             if "finished groups" in name and expired < 2:
@@ -205,7 +205,7 @@ def test_a_group_that_ends_begins_the_deadline_anew() -> None:
                 setting.driver._last_progress += 1.0
                 raise DeadlineExceeded(name)
             gate.set()
-            return await within(5.0, name, awaitable)
+            return await within(5.0, name, awaitable, **options)
 
         setting.driver._waits.within = expiring  # type: ignore[method-assign]
         return await setting.driver.run() and expired == 2
@@ -237,3 +237,34 @@ def test_rollout_seeds_differ_in_every_part_and_are_the_same_twice() -> None:
     assert len(set(seeds)) == len(seeds)
     assert seeds == [rollout_seed(*part) for part in parts]
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_group_that_falls_out_while_a_step_ends_is_recorded_or_pending_but_not_both() -> None:
+    """It falls out while the scorers say how they fare, just before the step is written down."""
+
+    async def scenario() -> Setting:
+        ending = asyncio.Event()
+
+        class Refusing(FakeEngine):
+            async def sample(self, requests):  # type: ignore[no-untyped-def]
+                if requests[0].group == 4:  # of the second step, under way during the first
+                    await ending.wait()
+                    raise PromptTooLong("9 tokens, 8 fit")
+                return await super().sample(requests)
+
+        schedule = a_schedule(max_staleness=1, steps=2, checkpoint_every=1)
+        setting = Setting(schedule, engine=Refusing())
+
+        async def scorer_metrics() -> dict[str, float]:
+            ending.set()
+            while not setting.journal.fallen:
+                await asyncio.sleep(0)
+            return {}
+
+        setting.driver._scorer_metrics = scorer_metrics
+        await setting.driver.run()
+        return setting
+
+    setting = asyncio.run(scenario())
+    assert [fallen.group.id for fallen in setting.journal.fallen] == [4]
+    assert 4 not in setting.checkpoints[0].pending

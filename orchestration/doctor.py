@@ -1,0 +1,226 @@
+"""What is going on in a run and what is wrong with it, from its folder alone.
+
+Works while the run goes on, after its end and after a crash; a run of a version that wrote no
+waits.json is told by its lock. Refuses to know how the answer is shown.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from grpo.errors import UserError
+from orchestration.checkpoint import read_driver_state
+from orchestration.config import Recipe
+from orchestration.health import read_steps, signs_of_trouble
+from orchestration.ledger import Ledger, audited, read_entries
+from orchestration.resume import whole_checkpoints
+from orchestration.run_directory import (
+    GROUPS_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    RunStatus,
+)
+from orchestration.waits_file import EVERY_S, WaitRecord, WaitsRecord, read_waits
+
+SILENT_S = 15 * EVERY_S  # the process is stopped, or too busy for anything else
+NEAR_DEADLINE = 0.8  # of the time that a wait has
+
+
+class RunState(StrEnum):
+    """What has become of a run."""
+
+    RUNNING = "running"
+    CRASHED = "crashed"  # its process is gone and left no summary
+    FINISHED = RunStatus.FINISHED.value
+    INTERRUPTED = RunStatus.INTERRUPTED.value
+    FAILED = RunStatus.FAILED.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """The answer of `covey doctor`."""
+
+    run: str
+    state: RunState
+    step: int
+    planned_steps: int
+    last_line_s: float | None  # seconds since a step or a dropped group was written down
+    waits: tuple[str, ...] = ()  # who waits for whom, oldest first; of a crashed run: as it was
+    closest: str | None = None  # the wait whose deadline comes first
+    ledger: Ledger | None = None  # of an ended run
+    remarks: tuple[str, ...] = ()
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def is_healthy(self) -> bool:
+        return not self.problems
+
+
+def diagnosed(run: Path, recipe: Recipe, *, now: float | None = None) -> Diagnosis:
+    """Look at a run folder; writes nothing."""
+    now = time.time() if now is None else now
+    waits = read_waits(run)
+    summary = _summary(run)
+    state = _state(run, summary, waits, now)
+    steps = read_steps(run / METRICS_FILE)
+    closest = None if waits is None else _closest(waits)
+    # What a process that is gone wrote last is told as of then.
+    seen = waits.written if waits is not None and state is RunState.CRASHED else now
+    ledger, remarks = None, list[str]()
+    if state is not RunState.RUNNING:
+        ledger = _ledger(run, recipe, remarks.append)
+    problems = [
+        *_how_it_ended(run, state, summary),
+        *(_waiting(waits, now) if waits is not None and state is RunState.RUNNING else ()),
+        *signs_of_trouble(steps, recipe),
+        *(ledger.problems if ledger is not None else ()),
+    ]
+    return Diagnosis(
+        run=str(run),
+        state=state,
+        step=int(steps[-1]["step"] or 0) if steps else 0,
+        planned_steps=recipe.steps,
+        last_line_s=_last_line_s(run, now),
+        waits=() if waits is None else tuple(_in_words(wait, seen) for wait in _told(waits)),
+        closest=None if closest is None else _in_words(closest, seen),
+        ledger=ledger,
+        remarks=tuple(remarks),
+        problems=tuple(problems),
+    )
+
+
+def _summary(run: Path) -> dict[str, object] | None:
+    try:
+        found: dict[str, object] = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))
+        return found
+    except OSError:
+        return None
+
+
+def _state(
+    run: Path, summary: dict[str, object] | None, waits: WaitsRecord | None, now: float
+) -> RunState:
+    if summary is not None:
+        return RunState(str(summary["status"]))
+    is_elsewhere = waits is not None and waits.host != socket.gethostname()
+    if is_elsewhere and waits is not None and now - waits.written < SILENT_S:
+        return RunState.RUNNING  # locks do not reach across every file system
+    return RunState.RUNNING if _is_locked(run) else RunState.CRASHED
+
+
+def _is_locked(run: Path) -> bool:
+    """Whether a process holds the run; asks for a moment with a lock that readers can share."""
+    try:
+        with (run / LOCK_FILE).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or a file system without locks
+        return False
+    return False
+
+
+def _how_it_ended(run: Path, state: RunState, summary: dict[str, object] | None) -> Iterator[str]:
+    if state is RunState.FAILED and summary is not None:
+        yield f"the run failed: {summary['cause']}"
+    elif state is RunState.CRASHED:
+        saved = max(whole_checkpoints(run), default=None)
+        remedy = (
+            f"`covey train RECIPE --resume {run}` continues from step {saved}"
+            if saved is not None
+            else "it had no checkpoint yet: start it anew"
+        )
+        yield (
+            "the process of the run is gone and left no summary: it was killed (out of memory? "
+            f"see the kernel's log), or the machine went down; {remedy}"
+        )
+
+
+def _waiting(waits: WaitsRecord, now: float) -> Iterator[str]:
+    silent_s = now - waits.written
+    if silent_s > SILENT_S:
+        yield (
+            f"the process of the run (pid {waits.pid} on {waits.host}) has not written "
+            f"its waits for {silent_s:.0f} s: it is stopped, or stuck outside of its loops"
+        )
+    closest = _closest(waits)
+    if closest is None or closest.deadline is None:
+        return
+    if now - closest.since < NEAR_DEADLINE * (closest.deadline - closest.since):
+        return
+    culprit = closest.chain[-1]
+    place = waits.workers.get(culprit)
+    where = f" (pid {place.pid} on {place.node}, log {place.logs[-1]})" if place else ""
+    yield (
+        f"{culprit}{where} keeps the run waiting: {_in_words(closest, now)}; when the deadline "
+        "passes, a rollout worker or scorer is replaced, anything else ends the run"
+    )
+
+
+def _closest(waits: WaitsRecord) -> WaitRecord | None:
+    """The wait whose deadline comes first. That of the buffer begins anew with every group."""
+    timed = [wait for wait in waits.waits if wait.deadline is not None and wait.owner != "buffer"]
+    return min(timed, key=lambda wait: wait.deadline or 0.0, default=None)
+
+
+def _told(waits: WaitsRecord) -> list[WaitRecord]:
+    """The outermost waits, of those that end with the same culprit the oldest."""
+    told: list[WaitRecord] = []
+    named: set[str] = set()
+    for wait in waits.waits:
+        if wait.is_outermost and wait.chain[-1] not in named:
+            told.append(wait)
+            named.update(wait.chain)
+    return told
+
+
+def _in_words(wait: WaitRecord, now: float) -> str:
+    """`the run -> buffer -> group 3 -> rollout worker 1 (what it was asked), since 3 s`."""
+    text = " -> ".join(["the run", *wait.chain])
+    if wait.culprit_asked:
+        text += f" ({wait.culprit_asked})"
+    text += f", since {now - wait.culprit_since:.0f} s"
+    if wait.deadline is not None:
+        text += f"; deadline of {wait.owner} in {wait.deadline - now:.0f} s"
+    return text
+
+
+def _last_line_s(run: Path, now: float) -> float | None:
+    files = [run / name for name in (METRICS_FILE, GROUPS_FILE)]
+    written = [file.stat().st_mtime for file in files if file.exists() and file.stat().st_size]
+    return now - max(written) if written else None
+
+
+def _ledger(run: Path, recipe: Recipe, remark: Callable[[str], None]) -> Ledger | None:
+    if not (run / GROUPS_FILE).exists():
+        return None
+    # Imported here: a tokenizer takes seconds to load, and a run that goes on needs none.
+    from orchestration.run_inputs import planned_order
+    from rollout_workers.tokenization import Tokenization
+
+    saved = whole_checkpoints(run)
+    order = None
+    try:
+        order = planned_order(recipe, Tokenization(recipe.model))
+    except (UserError, OSError) as error:
+        remark(f"the order of the prompts was not compared with the data: {error}")
+    if not saved:
+        remark("no checkpoint says which groups were admitted, so none can be missed")
+    try:
+        return audited(
+            read_entries(run / GROUPS_FILE),
+            read_driver_state(saved[max(saved)]) if saved else None,
+            window=recipe.window,
+            planned=None if order is None else lambda group: order.at(group).id,
+        )
+    except (KeyError, ValueError) as error:
+        remark(f"groups.jsonl is not of this version, so there is no ledger: {error!r}")
+        return None

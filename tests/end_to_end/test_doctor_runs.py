@@ -1,0 +1,80 @@
+"""covey doctor on real runs: one that is killed and resumed, one whose learner hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from orchestration.waits_file import read_waits
+from tests.end_to_end.runs import covey, finished, lines_until, only_run, train
+
+pytestmark = pytest.mark.slow
+
+
+def doctor(run: Path) -> tuple[int, str]:
+    """Exit status and answer."""
+    process = covey("doctor", str(run))
+    answer = finished(process)
+    return process.returncode, answer
+
+
+def test_a_killed_run_is_told_and_after_its_resume_the_ledger_holds(tmp_path: Path) -> None:
+    run = train(
+        tmp_path,
+        "--local",
+        steps=6,
+        max_staleness=1,
+        checkpoint__every=2,
+        data__evaluation=None,
+    )
+    lines_until(run, "step 3/6")
+    left = only_run(tmp_path / "runs").path
+    status, answer = doctor(left)
+    if run.poll() is None:
+        run.kill()
+    finished(run)
+    assert status == 0, answer
+    assert ": running, step " in answer
+    assert "closest to its deadline: the run -> " in answer
+    status, answer = doctor(left)
+    assert status == 1
+    assert ": crashed, step " in answer
+    assert "continues from step " in answer
+    assert "none lost, none twice, in the planned order" in answer
+    resumed = covey("train", "--resume", str(left), "--local")
+    output = finished(resumed)
+    assert resumed.returncode == 0, output
+    status, answer = doctor(left)
+    assert status == 0, answer
+    assert ": finished, step 6 of 6" in answer
+    assert "ledger: 48 groups trained on" in answer
+    assert "none lost, none twice, in the planned order" in answer
+
+
+@pytest.mark.ray
+def test_a_learner_rank_that_hangs_is_named_by_the_run_and_by_the_doctor(tmp_path: Path) -> None:
+    run = train(
+        tmp_path,
+        steps=500,
+        rollout__engine="transformers",
+        learner__backend="torch",
+        data__evaluation=None,
+        alarms__worker_s=20,  # generous for a machine with other load
+        alarms__stall_s=25,
+    )
+    lines_until(run, "step 2/500")
+    left = only_run(tmp_path / "runs").path
+    waits = read_waits(left)
+    assert waits is not None
+    assert {"scorer answer 0", "learner rank 0"} <= set(waits.workers)
+    os.kill(waits.workers["learner rank 0"].pid, signal.SIGSTOP)
+    output = finished(run)
+    assert run.returncode == 1
+    (message,) = [line for line in output.splitlines() if line.startswith("covey: ")]
+    assert message.startswith("covey: learner rank 0 has not answered for 25.")
+    status, answer = doctor(left)
+    assert status == 1
+    assert "WRONG: the run failed: learner rank 0 has not answered for 25." in answer
