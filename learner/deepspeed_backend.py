@@ -111,15 +111,15 @@ class DeepSpeedBackend:
             yield head
 
     def whole_weights(self) -> Iterator[dict[str, Tensor]]:
-        for names in self._buckets():
-            with self._gathered(list(names.values())):
-                yield names
+        for names in self._whole_buckets():
+            for name, weight in names.items():
+                yield {name: self._policy.merged(name, weight)}
 
     def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}
-        for names in self.whole_weights():
-            if self._rank == 0:
-                weights |= {name: to_cpu(weight, dtype) for name, weight in names.items()}
+        for names in self._whole_buckets():
+            for name, weight in names.items() if self._rank == 0 else ():
+                weights[name] = to_cpu(self._policy.merged(name, weight), dtype)
         return weights
 
     def copied_state(self) -> dict[str, Tensor]:
@@ -184,6 +184,14 @@ class DeepSpeedBackend:
             offset=offset,
         )
 
+    def _whole_buckets(self) -> Iterator[dict[str, Tensor]]:
+        """Buckets that are whole on every rank until the next one, and all adapters with them."""
+        adapters = self._policy.adapters
+        with self._gathered([] if adapters is None else [*adapters.weights()]):
+            for names in self._buckets():
+                with self._gathered(list(names.values())):
+                    yield names
+
     def _buckets(self) -> Iterator[dict[str, Tensor]]:
         """All weights by name, in order, GATHER_ELEMENTS or one weight at a time."""
         bucket: dict[str, Tensor] = {}
@@ -226,7 +234,8 @@ def engine_config(policy: Policy, config: LearnerConfig) -> dict[str, Any]:
     }
     if not config.gpus_per_rank:
         settings["zero_optimization"]["overlap_comm"] = False  # gloo has no streams
-    if config.dtype == "bfloat16":
+    # DeepSpeed would make the adapters bfloat16, too; without it the frozen weights stay as read.
+    if config.dtype == "bfloat16" and config.lora is None:
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings

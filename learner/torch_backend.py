@@ -88,12 +88,14 @@ class TorchBackend:
         return contextlib.nullcontext(self._policy.head)
 
     def whole_weights(self) -> Iterator[dict[str, Tensor]]:
-        yield named_weights(self._policy.model)
+        for name, weight in named_weights(self._policy.model).items():
+            yield {name: self._policy.merged(name, weight)}
 
     def gather(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {
             name: to_cpu(weight, dtype)
-            for name, weight in named_weights(self._policy.model).items()
+            for part in self.whole_weights()
+            for name, weight in part.items()
         }
 
     def copied_state(self) -> dict[str, Tensor]:
