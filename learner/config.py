@@ -63,6 +63,11 @@ class LearnerConfig(Schema):
         description="train low-rank adapters of float32 in place of the weights; {}: with their "
         "defaults; null: train all weights",
     )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none",
+        description="what lies in host memory and not on the GPU; optimizer: its states and master "
+        "weights, where they are stepped, too; parameters: the weights as well, until a layer runs",
+    )
     publish_dtype: DType | None = Field(
         None, description="of published weights, the rollout workers' dtype; null: same as dtype"
     )
@@ -101,6 +106,25 @@ class LearnerConfig(Schema):
             raise ValueError(
                 f"backend torch runs on one rank, but ranks is {self.ranks}: "
                 "set backend: deepspeed, or ranks: 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> Self:
+        if self.offload != "none" and self.backend == "torch":
+            raise ValueError(
+                f"offload is {self.offload}, but backend torch keeps all on one device: "
+                "set backend: deepspeed, or offload: none"
+            )
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError(
+                "offload is optimizer, but zero_stage 0 has no optimiser of its own to move: "
+                "set zero_stage: 2 (as good on one rank)"
+            )
+        if self.offload == "parameters" and self.zero_stage < 3:
+            raise ValueError(
+                f"offload is parameters, but zero_stage is {self.zero_stage} and keeps them whole "
+                "on every device: set zero_stage: 3, or offload: optimizer"
             )
         return self
 

@@ -232,6 +232,11 @@ def engine_config(policy: Policy, config: LearnerConfig) -> dict[str, Any]:
             "stage3_param_persistence_threshold": 10 * policy.model.config.hidden_size,
         },
     }
+    host = {"device": "cpu", "pin_memory": config.gpus_per_rank > 0}
+    if config.offload != "none":
+        settings["zero_optimization"]["offload_optimizer"] = host
+    if config.offload == "parameters":
+        settings["zero_optimization"]["offload_param"] = host
     if not config.gpus_per_rank:
         settings["zero_optimization"]["overlap_comm"] = False  # gloo has no streams
     # DeepSpeed would make the adapters bfloat16, too; without it the frozen weights stay as read.
