@@ -87,12 +87,12 @@ def _rows(
         log_probs = outputs.pop(0)
         entropy = outputs.pop(0) if Signal.ENTROPY in needs else None
         hidden = outputs.pop(0).float() if Signal.HIDDEN in needs else None
-        if block.is_idle:
-            continue
         reference = None
         if Signal.REFERENCE in needs:
             assert trainee.reference is not None
             reference = trainee.reference.log_probs(block)
+        if block.is_idle:
+            continue
         for index, (row, place) in enumerate(zip(block.rows, block.places, strict=True)):
             here = (block.row == index).to(log_probs.device)
             found[place] = MeasuredRow(

@@ -7,10 +7,40 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from grpo.config import Schema
 from grpo.types import DType
+
+
+class LoraConfig(Schema):
+    """Low-rank adapters: the base stays as it is, and W + alpha / rank * B A is the policy."""
+
+    rank: int = Field(16, ge=1, description="rows of A and columns of B (peft: r)")
+    alpha: float = Field(32, gt=0, description="the adapters' product counts alpha / rank")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear",
+        description="layers that get adapters, by the ends of their names, as [q_proj, v_proj]; "
+        "all-linear: every linear layer but the output layer",
+    )
+    dropout: float = Field(0.0, description="0 only: a policy with dropout is not the one sampled")
+
+    @field_validator("dropout")
+    @classmethod
+    def _is_off(cls, value: float) -> float:
+        if value != 0:
+            raise ValueError(
+                f"found {value:g}; expected 0: a policy with dropout is not the one that sampled, "
+                "so every importance ratio would be noise. Leave dropout out"
+            )
+        return value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names_a_layer(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("found no name, so nothing would be trained; expected all-linear")
+        return value
 
 
 class LearnerConfig(Schema):
@@ -27,6 +57,16 @@ class LearnerConfig(Schema):
     )
     dtype: DType = Field(
         "float32", description="of weights and activations; bfloat16 keeps float32 master weights"
+    )
+    lora: LoraConfig | None = Field(
+        None,
+        description="train low-rank adapters of float32 in place of the weights; {}: with their "
+        "defaults; null: train all weights",
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none",
+        description="what lies in host memory and not on the GPU; optimizer: its states and master "
+        "weights, where they are stepped, too; parameters: the weights as well, until a layer runs",
     )
     publish_dtype: DType | None = Field(
         None, description="of published weights, the rollout workers' dtype; null: same as dtype"
@@ -86,8 +126,29 @@ class LearnerConfig(Schema):
         return self
 
     @model_validator(mode="after")
+    def _offload_needs_zero(self) -> Self:
+        if self.offload != "none" and self.backend == "torch":
+            raise ValueError(
+                f"offload is {self.offload}, but backend torch keeps all on one device: "
+                "set backend: deepspeed, or offload: none"
+            )
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError(
+                "offload is optimizer, but zero_stage 0 has no optimiser of its own to move: "
+                "set zero_stage: 2 (as good on one rank)"
+            )
+        if self.offload == "parameters" and self.zero_stage < 3:
+            raise ValueError(
+                f"offload is parameters, but zero_stage is {self.zero_stage} and keeps them whole "
+                "on every device: set zero_stage: 3, or offload: optimizer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _bfloat16_accumulates_in_float32(self) -> Self:
-        if self.backend == "deepspeed" and self.dtype == "bfloat16" and self.zero_stage < 2:
+        # Adapters are of float32 at every stage.
+        is_bfloat16 = self.dtype == "bfloat16" and self.lora is None
+        if self.backend == "deepspeed" and is_bfloat16 and self.zero_stage < 2:
             raise ValueError(
                 f"zero_stage is {self.zero_stage}, but with dtype bfloat16 DeepSpeed accumulates "
                 "gradients in float32 from stage 2 on: set zero_stage: 2 (as good on one rank)"

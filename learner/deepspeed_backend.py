@@ -111,9 +111,9 @@ class DeepSpeedBackend:
             yield head
 
     def whole_weights(self) -> Iterator[dict[str, Tensor]]:
-        for names in self._buckets():
-            with self._gathered(list(names.values())):
-                yield names
+        for names in self._whole_buckets():
+            for name, weight in names.items():
+                yield {name: self._policy.merged(name, weight)}
 
     def copied_state(self) -> dict[str, Tensor]:
         if self._config.zero_stage == 0 and self._rank > 0:
@@ -177,6 +177,14 @@ class DeepSpeedBackend:
             offset=offset,
         )
 
+    def _whole_buckets(self) -> Iterator[dict[str, Tensor]]:
+        """Buckets that are whole on every rank until the next one, and all adapters with them."""
+        adapters = self._policy.adapters
+        with self._gathered([] if adapters is None else [*adapters.weights()]):
+            for names in self._buckets():
+                with self._gathered(list(names.values())):
+                    yield names
+
     def _buckets(self) -> Iterator[dict[str, Tensor]]:
         """All weights by name, in order, GATHER_ELEMENTS or one weight at a time."""
         bucket: dict[str, Tensor] = {}
@@ -217,9 +225,15 @@ def engine_config(policy: Policy, config: LearnerConfig) -> dict[str, Any]:
             "stage3_param_persistence_threshold": 10 * policy.model.config.hidden_size,
         },
     }
+    host = {"device": "cpu", "pin_memory": config.gpus_per_rank > 0}
+    if config.offload != "none":
+        settings["zero_optimization"]["offload_optimizer"] = host
+    if config.offload == "parameters":
+        settings["zero_optimization"]["offload_param"] = host
     if not config.gpus_per_rank:
         settings["zero_optimization"]["overlap_comm"] = False  # gloo has no streams
-    if config.dtype == "bfloat16":
+    # DeepSpeed would make the adapters bfloat16, too; without it the frozen weights stay as read.
+    if config.dtype == "bfloat16" and config.lora is None:
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings

@@ -6,7 +6,8 @@ L its length, N completion tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,22 @@ IMPLEMENTATIONS = {
     "eager": "eager",
 }
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # mean, of a log-probability
+
+
+class Adapters(Protocol):
+    """Low-rank matrices beside the model's own weights (learner/adapters.py)."""
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """The model without them, until the context ends."""
+        ...
+
+    def weights(self) -> list[nn.Parameter]:
+        """All of them."""
+        ...
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """The weight of this name with what its adapter adds to it."""
+        ...
 
 
 class LogProbHead(nn.Module):
@@ -73,6 +90,7 @@ class Policy(nn.Module):
         assert isinstance(head, nn.Linear), f"the output layer is a {type(head).__name__}"
         self.model = model
         self.model.set_output_embeddings(LogProbHead(head, temperature=temperature))
+        self.adapters: Adapters | None = None  # None: all weights are trained
 
     def forward(
         self,
@@ -101,6 +119,10 @@ class Policy(nn.Module):
         hidden = output.last_hidden_state.flatten(0, 1)[predictors]
         outputs = self.head(hidden, targets, with_entropy)
         return (*outputs, hidden) if with_hidden else cast(tuple[Tensor, ...], outputs)
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """A weight of `named_weights` with what its adapter adds to it."""
+        return weight if self.adapters is None else self.adapters.merged(name, weight)
 
     @property
     def head(self) -> LogProbHead:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from grpo.algorithms.user_file import found_algorithm
 from grpo.errors import Fatal
@@ -22,10 +23,10 @@ from grpo.objective_checks import needs_reference, refuse_impossible
 from grpo.types import Float32, MeasureRequest, StepReport, TrainBatch, TrainRow, WeightBundle
 from learner.answers import measured
 from learner.backend import Backend
-from learner.config import LearnerConfig
+from learner.config import LearnerConfig, LoraConfig
 from learner.environment import rank_environment
-from learner.policy import Policy, load_policy
-from learner.reference import Reference
+from learner.policy import Adapters, Policy, load_policy
+from learner.reference import Reference, WithoutAdapters
 from learner.scalar import Scalar
 from learner.schedule import learning_rate_at
 from learner.snapshot import Snapshot, saved_numbers, saved_pieces, saved_reference
@@ -89,13 +90,16 @@ class LearnerRank:
         self._pretrained = policy.model
         if self._rank == 0:
             self._images = WeightImages(policy.model, self._dtype)
-        initial = copy.deepcopy(policy) if needs_reference(self._objective) else None
+        initial = copy.deepcopy(policy) if self._copies_initial else None
+        if self._config.lora is not None:
+            policy.adapters = attached(policy.model, self._config.lora, name=self._model)
         backend = make_backend(policy, self._config)
+        self._moving_reference: Reference | None = None  # None: the model's files are all of it
         learnable = self._objective.learnable
         self._trainee = Trainee(
             backend=backend,
             objective=self._objective,
-            reference=None if initial is None else self._reference(initial, backend.device),
+            reference=self._reference(initial, policy, backend),
             scalar=None if learnable is None else Scalar(learnable),
             max_tokens=self._config.max_tokens_per_microbatch,
             is_checkpointing=self._config.gradient_checkpointing,
@@ -185,17 +189,26 @@ class LearnerRank:
         """Leave the other ranks."""
         self._trainee.backend.close()
 
-    def _reference(self, initial: Policy, device: torch.device) -> Reference:
-        is_moving = self._objective.reference_update is not None
-        return Reference(initial, device=device, is_moving=is_moving)
-
     @property
-    def _moving_reference(self) -> Reference | None:
-        """The reference, if it has a state of its own; else the model's files are all of it."""
-        return None if self._objective.reference_update is None else self._trainee.reference
+    def _copies_initial(self) -> bool:
+        """Whether the reference is a second model; adapters can be switched off instead."""
+        can_move = self._objective.reference_update is not None
+        return needs_reference(self._objective) and (can_move or self._config.lora is None)
+
+    def _reference(
+        self, initial: Policy | None, policy: Policy, backend: Backend
+    ) -> Reference | WithoutAdapters | None:
+        if initial is not None:
+            is_moving = self._objective.reference_update is not None
+            reference = Reference(initial, device=backend.device, is_moving=is_moving)
+            self._moving_reference = reference if is_moving else None
+            return reference
+        if policy.adapters is not None and needs_reference(self._objective):
+            return WithoutAdapters(backend, policy.adapters)
+        return None
 
     def _update_reference(self) -> None:
-        update, reference = self._objective.reference_update, self._trainee.reference
+        update, reference = self._objective.reference_update, self._moving_reference
         if update is not None and reference is not None and self._steps_done % update.every == 0:
             reference.follow(self._trainee.backend.whole_weights(), decay=update.decay)
 
@@ -233,3 +246,11 @@ def make_backend(policy: Policy, config: LearnerConfig) -> Backend:
     from learner.deepspeed_backend import DeepSpeedBackend
 
     return DeepSpeedBackend(policy, config)
+
+
+def attached(model: PreTrainedModel, config: LoraConfig, *, name: str) -> Adapters:
+    """Low-rank adapters in a model; they alone are trainable from then on."""
+    # Imported here: peft takes seconds, and whoever trains all weights need not have it.
+    from learner.adapters import LowRankAdapters
+
+    return LowRankAdapters(model, config, name=name)

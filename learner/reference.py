@@ -1,6 +1,6 @@
 """The reference policy: the initial one, or a moving average that follows the policy.
 
-Whole on every rank. Refuses to know when it is asked to follow, and the loss.
+Refuses to know when it is asked to follow, and the loss.
 """
 
 from __future__ import annotations
@@ -10,13 +10,31 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from learner.backend import Backend
 from learner.packing import Block
-from learner.policy import Policy, policy_inputs
+from learner.policy import Adapters, Policy, policy_inputs
 from learner.weights import named_weights, to_cpu
 
 
+class WithoutAdapters:
+    """The initial policy where adapters are trained: the policy with them off, no second model.
+
+    Under ZeRO-3 a pass is collective, as the policy's own are.
+    """
+
+    def __init__(self, backend: Backend, adapters: Adapters) -> None:
+        self._backend = backend
+        self._adapters = adapters
+
+    @torch.no_grad()
+    def log_probs(self, block: Block) -> Tensor:
+        """[N] of the block's completion tokens."""
+        with self._adapters.disabled():
+            return self._backend.forward(block)[0]
+
+
 class Reference:
-    """Holds a policy that no optimiser touches."""
+    """Holds a policy that no optimiser touches, whole on every rank."""
 
     def __init__(self, policy: Policy, *, device: torch.device, is_moving: bool) -> None:
         self._policy = policy.requires_grad_(False).eval().to(device)

@@ -88,7 +88,8 @@ class TorchBackend:
         return contextlib.nullcontext(self._policy.head)
 
     def whole_weights(self) -> Iterator[dict[str, Tensor]]:
-        yield named_weights(self._policy.model)
+        for name, weight in named_weights(self._policy.model).items():
+            yield {name: self._policy.merged(name, weight)}
 
     def copied_state(self) -> dict[str, Tensor]:
         return copied(self._pieces(), self._optimizer)

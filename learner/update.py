@@ -39,7 +39,7 @@ from learner.failures import (
 from learner.inputs import inputs_of, stream
 from learner.measures import Stopwatch, Tally
 from learner.packing import Block, blocks
-from learner.reference import Reference
+from learner.reference import Reference, WithoutAdapters
 from learner.scalar import Scalar
 
 
@@ -49,7 +49,7 @@ class Trainee:
 
     backend: Backend
     objective: Objective
-    reference: Reference | None  # None: nothing of the objective asks for it
+    reference: Reference | WithoutAdapters | None  # None: nothing of the objective asks for it
     scalar: Scalar | None = None  # of `objective.learnable`
     max_tokens: int  # of one micro-batch
     is_checkpointing: bool = False  # activations are recomputed in the backward pass
@@ -181,9 +181,10 @@ def present_inputs(
         is_known = is_first and proximal is not None
         log_probs = proximal if is_known else log_probs_of(trainee, block)
         assert log_probs is not None
+        # Of the loss's signals, a scaled penalty may read the reference.
+        is_read = has_scales(trainee.objective)
+        known = reference_log_probs(trainee, block, update.rows) if is_read else None
         if not block.is_idle:
-            # Of the loss's signals, a scaled penalty may read the reference.
-            known = reference_log_probs(trainee, block) if has_scales(trainee.objective) else None
             inputs = inputs_of(block, log_probs, proximal=proximal, reference=known)
             found.append((block, inputs))
     return found
@@ -213,7 +214,7 @@ def accumulated(
     slopes: list[Slope] = []
     for number, (block, proximal) in enumerate(zip(update.blocks, update.proximal, strict=True)):
         with watch.measure("reference"):
-            reference = reference_log_probs(trainee, block)
+            reference = reference_log_probs(trainee, block, update.rows)
         fits = trainee.room_for(block, "forward and backward pass")
         with watch.measure("forward_backward"), fits:
             inputs = loss_inputs(trainee, block, proximal, reference)
@@ -248,13 +249,17 @@ def log_probs_of(trainee: Trainee, block: Block) -> Tensor:
         return trainee.backend.forward(block)[0]
 
 
-def reference_log_probs(trainee: Trainee, block: Block) -> Tensor | None:
-    """[N] of the reference, if the objective asks for it; no pass where the rows bring them."""
+def reference_log_probs(trainee: Trainee, block: Block, rows: Sequence[TrainRow]) -> Tensor | None:
+    """[N] of the reference, if the objective asks for it; no pass where the rows bring them.
+
+    `rows` are those of the whole update, so that all ranks run a pass or none does: under ZeRO-3
+    they gather the parameters for it together.
+    """
     if Signal.REFERENCE not in trainee.objective.needs:
         return None
-    known = [row.reference_log_probs for row in block.rows if row.reference_log_probs is not None]
-    if len(known) == len(block.rows):
-        return stream(known, trainee.backend.device)
+    if all(row.reference_log_probs is not None for row in rows):
+        known = [row.reference_log_probs for row in block.rows]
+        return stream([values for values in known if values is not None], trainee.backend.device)
     assert trainee.reference is not None
     with trainee.room_for(block, "reference model's pass"):
         return trainee.reference.log_probs(block)

@@ -25,10 +25,17 @@ COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters and saved buffers under their names; a tied output layer is left out."""
+    """Parameters and saved buffers under their names; a tied output layer is left out.
+
+    Adapters are left out, too, and what they are added to has the name that it has without them.
+    """
     saved = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    return {**dict(model.named_parameters()), **buffers}
+    return {
+        name.replace(".base_layer.", "."): weight
+        for name, weight in (*model.named_parameters(), *buffers.items())
+        if ".lora_" not in name
+    }
 
 
 def trained_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:

@@ -57,6 +57,12 @@ TARGETS: Mapping[str, str] = {
     "epsilon_high": "algorithm.epsilon_high",
     "beta": "algorithm.beta",
     "learning_rate": "learner.learning_rate",
+    # LoRA: OpenRLHF and verl, TRL
+    "lora_rank": "learner.lora.rank",
+    "lora_r": "learner.lora.rank",
+    "lora_alpha": "learner.lora.alpha",
+    "lora_dropout": "learner.lora.dropout",
+    "lora_target_modules": "learner.lora.target_modules",
 }
 PAIRS: Mapping[str, tuple[str, str]] = {
     "eps_clip_low_high": ("algorithm.epsilon", "algorithm.epsilon_high"),

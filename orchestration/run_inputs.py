@@ -22,7 +22,7 @@ from rollout_workers.tokenization import Tokenization
 # Sections and settings; a checkpoint does not depend on how the learner is cut into ranks.
 FREE_TO_CHANGE = frozenset(
     {"steps", "checkpoint", "evaluation", "alarms", "simulation", "trackers", "output"}
-    | {"learner.ranks", "learner.zero_stage", "learner.backend"}
+    | {"learner.ranks", "learner.zero_stage", "learner.backend", "learner.offload"}
 )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch.distributed
 
 from grpo.errors import NonFinite
+from grpo.objective import Objective
 from grpo.types import MeasureRequest, TrainBatch, TrainRow
 from learner import policy
 from learner.config import LearnerConfig
@@ -89,7 +90,13 @@ def run_case(config: LearnerConfig, *, model: str, rank: int, master: str, folde
 
 
 def run_whole_groups(
-    config: LearnerConfig, *, model: str, rank: int, master: str, folder: Path
+    config: LearnerConfig,
+    *,
+    model: str,
+    rank: int,
+    master: str,
+    folder: Path,
+    objective: Objective = WHOLE_GROUPS,
 ) -> Outcome:
     """Steps, a stage and measures of an objective over whole groups; stopped and continued."""
     rows = random_rows(19)
@@ -100,7 +107,7 @@ def run_whole_groups(
     request = MeasureRequest(names=MEASURE_NAMES, groups=groups, labels=labels)
     outcome = Outcome()
     for is_resumed in (False, True):
-        learner = rank_of(model, config, rank=rank, master=master, objective=WHOLE_GROUPS)
+        learner = rank_of(model, config, rank=rank, master=master, objective=objective)
         if is_resumed:
             learner.load(str(folder))
         else:

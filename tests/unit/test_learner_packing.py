@@ -53,7 +53,7 @@ def loss_and_gradient(trainee: Trainee, rows: list[TrainRow]) -> tuple[float, to
     micro_batches = trainee.blocks(rows)
     total = 0.0
     for place, block in enumerate(micro_batches):
-        inputs = loss_inputs(trainee, block, None, reference_log_probs(trainee, block))
+        inputs = loss_inputs(trainee, block, None, reference_log_probs(trainee, block, block.rows))
         loss, _ = loss_and_metrics(trainee.objective, inputs)
         trainee.backend.backward(loss, is_last=place == len(micro_batches) - 1)
         total += loss.item()

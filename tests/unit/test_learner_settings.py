@@ -51,6 +51,21 @@ def test_bfloat16_below_zero_2_is_refused_with_the_remedy() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"offload": "optimizer", "backend": "torch"}, "set backend: deepspeed"),
+        ({"offload": "optimizer", "zero_stage": 0}, "set zero_stage: 2"),
+        ({"offload": "parameters", "zero_stage": 2}, "set zero_stage: 3, or offload: optimizer"),
+    ],
+)
+def test_offload_that_nothing_can_do_is_refused_with_the_remedy(
+    settings: dict[str, object], remedy: str
+) -> None:
+    with pytest.raises(ValidationError, match=remedy):
+        LearnerConfig.model_validate(settings)
+
+
+@pytest.mark.parametrize(
     ("gpus", "visible", "local_rank"),
     [(1, "3", "0"), (1, "0,1,2,3", "1"), (1, None, "5"), (0, None, "5")],
 )
