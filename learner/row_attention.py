@@ -31,15 +31,14 @@ def row_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    row_lengths: tuple[int, ...] | None = None,
+    row_lengths: tuple[int, ...] | None = None,  # None: a line is one row
     **others: object,
 ) -> tuple[Tensor, None]:
     """[1, L, H, D], and no attention weights."""
-    if row_lengths is None or dropout:
+    if dropout:
         raise UserError(
-            f"{type(module).__name__} "
-            + ("drops attention out" if dropout else "does not say where rows end")
-            + ", so rows cannot be packed: set learner.attn_implementation: eager"
+            f"{type(module).__name__} drops attention out, which is not the policy that sampled: "
+            "set its dropout to 0"
         )
     extra = next((name for name in _EXTRAS if others.get(name) is not None), None)
     if extra is not None:
@@ -47,7 +46,9 @@ def row_attention(
             f"{type(module).__name__} attends with {extra}, which torch's kernel cannot: set "
             "learner.attn_implementation: eager"
         )
-    parts = [part.split(row_lengths, dim=2) for part in (query, key, value)]
+    # A model that does not pass lengths on is told apart by `refuse_unpackable`.
+    lengths = (query.shape[2],) if row_lengths is None else row_lengths
+    parts = [part.split(lengths, dim=2) for part in (query, key, value)]
     found = [
         _causal(q, k, v, scaling=scaling, window=sliding_window)
         for q, k, v in zip(*parts, strict=True)

@@ -3,10 +3,9 @@ which slots are free.
 
 It is the queue, the back-pressure and the staleness control in one. A group holds its slot from
 admission until the engines have loaded weights trained on it; a dropped group frees it at once.
-With P groups a step, staleness bound S and window W there are (S + 1) * P slots. A group can be
-overtaken by W - 1 younger ones, so its age when it is trained on is at most
-(slots + W - 2) // P: S for W = 1. Refuses to know what a
-group contains.
+With P groups a step, staleness bound S and window W a group can be overtaken by W - 1 younger ones,
+so its age when it is trained on is at most (slots + W - 2) // P. `num_slots` are as many as keep
+that at S. Refuses to know what a group contains.
 """
 
 from __future__ import annotations
@@ -17,6 +16,15 @@ from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+def num_slots(groups_per_step: int, *, max_staleness: int, window: int) -> int:
+    """(S + 1) * P - (W - 1) groups may be under way, and at least the P of a step.
+
+    P = 64, S = 1: 128 with W = 1, 97 with W = 32.
+    """
+    spare = max_staleness * groups_per_step
+    return groups_per_step + spare - min(window - 1, spare)
 
 
 class Closed(Exception):

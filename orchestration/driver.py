@@ -31,7 +31,7 @@ from orchestration.alarms import (
     refuse_stale,
     staleness,
 )
-from orchestration.buffer import Closed, GroupBuffer
+from orchestration.buffer import Closed, GroupBuffer, num_slots
 from orchestration.group_task import (
     DroppedGroup,
     FinishedGroup,
@@ -121,7 +121,11 @@ class Driver:
             max_rates={name: bound for name, bound in bounds.items() if bound is not None},
         )
         self._buffer: GroupBuffer[FinishedGroup] = GroupBuffer(
-            slots=(schedule.max_staleness + 1) * schedule.groups_per_step,
+            slots=num_slots(
+                schedule.groups_per_step,
+                max_staleness=schedule.max_staleness,
+                window=schedule.window,
+            ),
             window=schedule.window,
             limit=(schedule.steps - progress.step) * schedule.groups_per_step,
             next_group=progress.next_group,

@@ -23,6 +23,7 @@ from grpo.config import AlgorithmConfig, Schema
 from grpo.errors import UserError
 from grpo.types import Sampling
 from learner.config import LearnerConfig
+from orchestration.buffer import num_slots
 from orchestration.simulation.config import SimulationConfig
 from reward_services.config import ScorerConfig
 from rollout_workers.config import RolloutConfig
@@ -201,7 +202,10 @@ class Recipe(Schema):
         0, ge=0, description="S, steps that a rollout may be behind the learner; 0: synchronous"
     )
     window: int = Field(
-        1, ge=1, description="W, how far a step may look past its oldest unfinished group"
+        1,
+        ge=1,
+        description="W, how far a step may look past its oldest unfinished group; W - 1 fewer "
+        "groups are under way then, so that none gets older than max_staleness",
     )
     sampling: SamplingConfig = SamplingConfig()
     data: DataConfig
@@ -238,8 +242,10 @@ class Recipe(Schema):
 
     @property
     def slots(self) -> int:
-        """(S + 1) * P groups may be under way."""
-        return (self.max_staleness + 1) * self.sampled_per_step
+        """So many groups may be under way."""
+        return num_slots(
+            self.sampled_per_step, max_staleness=self.max_staleness, window=self.window
+        )
 
     @property
     def max_model_len(self) -> int:

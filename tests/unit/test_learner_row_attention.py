@@ -67,13 +67,21 @@ def test_a_row_does_not_see_its_neighbours() -> None:
     assert torch.equal(found[:, LENGTHS[0] :], other[:, LENGTHS[0] :])
 
 
+def test_without_lengths_each_line_is_a_row() -> None:
+    query, key, value = (torch.randn(2, 2, 5, 8) for _ in range(3))
+    both, _ = row_attention(torch.nn.Identity(), query, key, value, None)
+    for line in range(2):
+        parts = [part[line : line + 1] for part in (query, key, value)]
+        alone, _ = row_attention(torch.nn.Identity(), *parts, None, row_lengths=(5,))
+        assert torch.equal(both[line : line + 1], alone)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         ({"row_lengths": (3,), "softcap": 50.0}, "attends with softcap"),
         ({"row_lengths": (3,), "s_aux": torch.zeros(2)}, "attends with s_aux"),
         ({"row_lengths": (3,), "dropout": 0.1}, "drops attention out"),
-        ({}, "does not say where rows end"),
     ],
 )
 def test_what_the_kernel_cannot_compute_is_refused(
