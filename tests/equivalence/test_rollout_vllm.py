@@ -6,6 +6,7 @@ One engine for a model with a tied output layer and one without, each started on
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -162,9 +163,12 @@ def test_every_token_carries_the_weights_that_sampled_it_across_swaps(served: Se
     policies = [policy(served.model, seed=seed) for seed in range(3)]
 
     async def main() -> list[Rollout]:
+        bundles = [bundle(policy, 0) for policy in policies]
         running = asyncio.create_task(served.worker.sample(requests(8, max_tokens=200)))
-        for version in range(1, 12):
-            await served.worker.load_weights(bundle(policies[version % 3], version))
+        for version in itertools.count(1):  # as often as the engine takes them
+            await served.worker.load_weights(replace(bundles[version % 3], version=version))
+            if running.done():
+                break
         return await running
 
     rollouts = asyncio.run(main())
