@@ -95,8 +95,11 @@ def _report(
         + ", ".join(f"{tokens / area:.1%} {name}" for name, area in computed.items())
         + " belong to rows"
     )
-    whole = median(seconds["learner"])
-    parts = {name: median(found[name] for found in phases) / whole for name in phases[0]}
+    wholes = [sum(found.values()) for found in phases]
+    parts = {
+        name: median(found[name] / whole for found, whole in zip(phases, wholes, strict=True))
+        for name in phases[0]
+    }
     print("  of the learner   " + ", ".join(f"{name} {part:.1%}" for name, part in parts.items()))
 
 
