@@ -112,6 +112,4 @@ def _value(value: object) -> str:
         return call_text(value)
     if isinstance(value, tuple) and any(callable(item) for item in value):
         return f"({', '.join(map(_value, value))})"
-    if isinstance(value, tuple) and any(map(callable, value)):
-        return f"({', '.join(map(_value, value))})"
     return f"{value:g}" if isinstance(value, float) else repr(value)

@@ -110,9 +110,8 @@ class RunDirectory:
             (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
             write_json(draft / VERSIONS_FILE, dict(versions))
             path = _claim(draft, output / stem)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)  # unless it was renamed, it is half a run
         return cls(path, _locked(path))
 
     @classmethod

@@ -15,7 +15,7 @@ import sys
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -115,23 +115,27 @@ def composition_problems(pipeline: object, objective: object) -> Iterator[str]:
             yield from _function_problems("objective.measures", measure.fn, 2)
 
 
-@contextmanager
-def theirs_is_told(name: str, what: str) -> Iterator[None]:
+def theirs_is_told(name: str, what: str) -> AbstractContextManager[None]:
     """Whatever a user's own file raises is told with its line; a member's errors are ours."""
+    if not is_file_name(name):
+        return nullcontext()
+    file = Path(name.rpartition(":")[0]).expanduser().resolve()
+    return errors_told(file, f"{name} {what}")
+
+
+@contextmanager
+def errors_told(file: Path, what: str, hint: str = "") -> Iterator[None]:
+    """The boundary to a user's own code, which may raise anything: a UserError with its line."""
     try:
         yield
     except CoveyError:
         raise
     except Exception as error:
-        if not is_file_name(name):
-            raise
-        file = Path(name.rpartition(":")[0]).expanduser().resolve()
-        raise UserError(
-            f"{name} {what} ({place_in(file, error)}): {type(error).__name__}: {error}"
-        ) from error
+        said = f"{what} ({_place(file, error)}): {type(error).__name__}: {error}"
+        raise UserError(f"{said}{hint}") from error
 
 
-def place_in(file: Path, error: Exception) -> str:
+def _place(file: Path, error: Exception) -> str:
     """Where in the user's file it happened, else in which function."""
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if frame.filename == str(file)]
@@ -219,7 +223,7 @@ def _function_problems(point: str, function: object, count: int) -> Iterator[str
         return
     try:
         pickle.dumps(function)
-    except Exception as error:
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
         yield f"{point}: {name} cannot be pickled ({error}): bind plain values only"
 
 
@@ -233,14 +237,8 @@ def _module(file: Path) -> ModuleType:
     folder = str(file.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)  # so that the file can import its neighbours
-    try:
+    with errors_told(file, f"algorithm file {file} could not be loaded"):
         spec.loader.exec_module(module)
-    except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-        line = f", line {frames[-1].lineno}" if frames else ""
-        raise UserError(
-            f"algorithm file {file}{line}: could not be loaded ({type(error).__name__}: {error})"
-        ) from error
     return module
 
 

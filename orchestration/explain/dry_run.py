@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from grpo.algorithms.user_file import place_in
-from grpo.errors import CoveyError, UserError
+from grpo.algorithms.user_file import errors_told
+from grpo.errors import UserError
 from grpo.objective import Objective
 from grpo.pipeline import Pipeline
 from grpo.types import Float64, Group, Prompt, Span
@@ -29,6 +29,10 @@ from orchestration.group_schema import (
 
 MAX_SCORE_WAVES = 20
 HIDDEN_SIZE, VOCABULARY = 4, 8
+_HINT = (
+    "\nit has two groups of short rollouts with mixed scores; `covey explain` shows any group of "
+    "yours in the same way"
+)
 
 
 def require_dry_run(
@@ -42,20 +46,11 @@ def require_dry_run(
 ) -> None:
     """UserError with the place in the user's file, if a step on made-up groups goes wrong."""
     batch = _batch(pipeline, scorers, num_generations, prompt)
-    try:
+    with errors_told(file, "a dry run of one step failed", _HINT):
         batch = _scored(pipeline, batch, tuple(scorers))
         found = explained(pipeline, objective, batch)
         encoded_state(found.state)
         encoded_state(found.next_state)
-    except CoveyError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"a dry run of one step failed ({place_in(file, error)}): "
-            f"{type(error).__name__}: {error}\n"
-            "it has two groups of short rollouts with mixed scores; `covey explain` shows any "
-            "group of yours in the same way"
-        ) from error
     if problem := number_problem(found):
         raise UserError(f"a dry run of one step on made-up groups: {problem}")
 
