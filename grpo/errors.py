@@ -5,6 +5,8 @@ No class here defines __init__, so every instance survives pickling between acto
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class CoveyError(Exception):
     """Everything that covey raises on purpose."""
@@ -42,6 +44,12 @@ class Fatal(CoveyError):
     """A bug or a lost learner: end the run with this cause in plain words."""
 
 
+class LearnerLost(Fatal):
+    """A rank of the learner is gone, and with it what was trained since the last checkpoint."""
+
+    rank: int | None = None  # pickled with the rest
+
+
 class NonFinite(Fatal):
     """A loss or gradient that is no number; raised before the optimiser moves."""
 
@@ -59,3 +67,17 @@ class WeightMismatch(Fatal):
 
 class Stalled(Fatal):
     """Nothing moves any more, and who waits on whom is in the message."""
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors that a group is made of, the first to happen first; a single one is itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from leaves(part)
+    else:
+        yield error
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first leaf of a group: what failed later was cancelled, or is a consequence."""
+    return next(leaves(error))

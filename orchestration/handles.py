@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import ray.exceptions
 from ray.actor import ActorHandle
 
 from grpo.engines import RolloutEngine
-from grpo.errors import CoveyError, Fatal, Transient, UserError, WorkerLost
+from grpo.errors import CoveyError, Fatal, LearnerLost, Transient, UserError, WorkerLost
 from grpo.types import (
     Float32,
     Group,
@@ -48,6 +49,7 @@ from rollout_workers.worker import RolloutWorker
 # Groups that may wait in one worker at a time; the engine batches them itself.
 MAX_CONCURRENT_CALLS = 10_000
 CONNECT_TIMEOUT_S = 5.0
+LOSS_NOTICED_S = 10.0  # Ray reports a killed process within a second or two
 WRITING = "writing"  # Ray's concurrency group of what a learner rank does beside its other calls
 
 
@@ -279,25 +281,35 @@ class RayLearner:
     """All ranks together, as one PolicyLearner: every call goes to every rank."""
 
     def __init__(self, recipe: Recipe, environment: Mapping[str, str]) -> None:
+        self.num_ranks = recipe.learner.ranks
         # All else stays in the one thread of the default group.
-        actor_class = ray.remote(concurrency_groups={WRITING: 1})(LearnerActor).options(
+        self._actor_class = ray.remote(concurrency_groups={WRITING: 1})(LearnerActor).options(
             num_cpus=recipe.learner.cpus_per_rank,
             num_gpus=recipe.learner.gpus_per_rank,
             runtime_env={"env_vars": dict(environment)},
         )
-        self._ranks = [actor_class.remote() for _ in range(recipe.learner.ranks)]
+        self._arguments: Mapping[str, Any] = {}
+        self._ranks: list[ActorHandle[Any]] = []
 
     async def start(self, arguments: Mapping[str, Any]) -> None:
         """`arguments` of LearnerRank but for its place among the ranks."""
+        self._arguments = arguments
+        self._ranks = [self._actor_class.remote() for _ in range(self.num_ranks)]
         await self._all([_located(rank, _rank(i)) for i, rank in enumerate(self._ranks)])
-        master = await _answer(self._ranks[0].free_address.remote())
-        world_size = len(self._ranks)
-        places = [{"rank": rank, "world_size": world_size} for rank in range(world_size)]
+        (master,) = await self._all([self._ranks[0].free_address.remote()])
         calls = [
-            rank.start.remote({**arguments, **place, "master": master})
-            for rank, place in zip(self._ranks, places, strict=True)
+            rank.start.remote(
+                {**arguments, "rank": i, "world_size": self.num_ranks, "master": master}
+            )
+            for i, rank in enumerate(self._ranks)
         ]
         await self._all(calls)
+
+    async def restart(self, num_ranks: int) -> None:
+        """End all ranks, whatever state they are in, and start so many new ones."""
+        await self.close()
+        self.num_ranks = num_ranks
+        await self.start(self._arguments)
 
     async def train(self, batch: TrainBatch) -> StepReport:
         reference = ray.put(batch)
@@ -343,13 +355,41 @@ class RayLearner:
 
     async def _all(self, calls: Sequence[Any]) -> list[Any]:
         """Every rank's result; the first failure ends the wait for the others."""
+        tasks = [
+            asyncio.create_task(waiting_for(_rank(i), _answer(call)))
+            for i, call in enumerate(calls)
+        ]
         try:
-            return list(
-                await asyncio.gather(
-                    *[waiting_for(_rank(i), _answer(call)) for i, call in enumerate(calls)]
-                )
-            )
-        except Transient as error:
-            raise Fatal(
-                f"the learner is lost: {error}\nresume the run from its last checkpoint"
-            ) from error
+            return list(await asyncio.gather(*tasks))
+        except CoveyError as error:
+            lost = await _lost_rank(tasks) if _may_follow_from_a_loss(error) else None
+            if lost is None:
+                raise
+            rank, reason = lost
+            told = LearnerLost(f"the learner is lost: {reason}")
+            told.rank = rank
+            raise told from error
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def _may_follow_from_a_loss(error: CoveyError) -> bool:
+    """A rank that misses another one's part raises what nobody classified."""
+    return type(error) is Fatal or isinstance(error, Transient)
+
+
+async def _lost_rank(tasks: Sequence[asyncio.Task[Any]]) -> tuple[int, WorkerLost] | None:
+    """The first rank whose process is gone, if there is one: Ray may notice after the others."""
+    pending = set(tasks)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LOSS_NOTICED_S):
+            while pending:
+                for rank, task in enumerate(tasks):
+                    error = task.exception() if task.done() and not task.cancelled() else None
+                    if isinstance(error, WorkerLost):
+                        return rank, error
+                pending = {task for task in tasks if not task.done()}
+                if pending:
+                    await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+    return None

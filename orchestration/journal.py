@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from functools import partial
 
 from grpo.pipeline import Pipeline, Reward
@@ -31,7 +32,6 @@ class RunJournal:
         clock: PhaseClock,
         pipeline: Pipeline,
         total_steps: int,
-        step: int,
     ) -> None:
         self.dropped_by_reason: Counter[str] = Counter()
         self.skipped_by_reason: Counter[str] = Counter()  # on purpose, before anything was sampled
@@ -41,9 +41,18 @@ class RunJournal:
         self._clock = clock
         self._terms = [_name(reward) for reward in pipeline.rewards]
         self._total_steps = total_steps
-        self._step = step
+        self.step = 0  # the last one that was written down
         self._dropped_in_step: Counter[str] = Counter()
         self._skipped_in_step: Counter[str] = Counter()
+
+    def turn_back(
+        self, step: int, *, dropped: Mapping[str, int], skipped: Mapping[str, int]
+    ) -> None:
+        """Go on after `step`, with what had been counted until then."""
+        self.step = step
+        self.dropped_by_reason = Counter(dropped)
+        self.skipped_by_reason = Counter(skipped)
+        self._dropped_in_step, self._skipped_in_step = Counter(), Counter()
 
     def trained(self, step: TrainedStep) -> None:
         """A step is done and its weights are with the engines."""
@@ -67,7 +76,7 @@ class RunJournal:
         metrics["dropped"] = float(self._dropped_in_step.total())
         metrics |= _counts("skipped", self._skipped_in_step)
         self._dropped_in_step, self._skipped_in_step = Counter(), Counter()
-        self._step = step.step
+        self.step = step.step
         self._telemetry.log(step.step, metrics)
         self._display.step(metrics, step.step, self._total_steps)
 
@@ -80,7 +89,7 @@ class RunJournal:
         else:
             self.dropped_by_reason[reason] += 1
             self._dropped_in_step[reason] += 1
-        self._run.append_group(self._step + 1, dropped_record(group))
+        self._run.append_group(self.step + 1, dropped_record(group))
 
 
 def _counts(name: str, reasons: Counter[str]) -> dict[str, float]:

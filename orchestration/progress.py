@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from grpo.pipeline import State
 from grpo.types import TrainRow
+from orchestration.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,28 @@ class Schedule:
     take_deadline_s: float
     train_deadline_s: float
     sync_deadline_s: float
+
+
+def planned_schedule(recipe: Recipe) -> Schedule:
+    """What the recipe asks of the driver."""
+    return Schedule(
+        steps=recipe.steps,
+        groups_per_step=recipe.sampled_per_step,
+        replayed_per_step=recipe.replayed_per_step,
+        replay_steps=recipe.replay.steps,
+        updates_per_step=recipe.updates_per_step,
+        epochs_per_step=recipe.epochs_per_step,
+        max_staleness=recipe.max_staleness,
+        window=recipe.window,
+        checkpoint_every=recipe.checkpoint.every,
+        evaluate_every=recipe.evaluation.every if recipe.data.evaluation else 0,
+        max_log_prob_gap=recipe.alarms.log_prob_gap,
+        max_dropped_rate=recipe.alarms.dropped_rate,
+        max_steps_without_signal=recipe.alarms.steps_without_signal,
+        take_deadline_s=recipe.alarms.stall_s,
+        train_deadline_s=recipe.alarms.stall_s,
+        sync_deadline_s=recipe.alarms.stall_s,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

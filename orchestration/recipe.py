@@ -147,6 +147,12 @@ class AlarmConfig(Schema):
         description="steps in a row whose groups were all rewarded alike, so that no advantage was "
         "other than 0, before the run stops",
     )
+    learner_losses: int = Field(
+        3,
+        ge=0,
+        description="times that a lost learner is started again from the last checkpoint, without "
+        "a new one between them, before the run stops; 0: the first loss ends it",
+    )
     worker_s: float = Field(
         600.0, gt=0, description="a worker that takes longer for one call is replaced"
     )

@@ -31,7 +31,9 @@ class RecordingLearner:
         try:
             report = await self._learner.train(batch)
         except Fatal as error:
-            raise type(error)(f"{error}\n{await self._left(batch, error)}") from error
+            told = type(error)(f"{error}\n{await self._left(batch, error)}")
+            told.__dict__ |= error.__dict__
+            raise told from error
         if self._keeps_all:
             await self._write(batch, Outcome(metrics=report.metrics))
         return report

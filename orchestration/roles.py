@@ -43,6 +43,14 @@ class Learner(StepLearner, Protocol):
     async def close(self) -> None: ...
 
 
+class Restartable(Protocol):
+    """A learner that can be started again, with as many ranks as wanted and nothing loaded."""
+
+    num_ranks: int
+
+    async def restart(self, num_ranks: int) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roles:
     """Everything that the driver drives."""
@@ -50,6 +58,7 @@ class Roles:
     engine: RolloutPool
     scorers: Mapping[str, ScorerRole]
     learner: Learner
+    restartable: Restartable | None  # the same learner; None: it lives and dies with the driver
     scorer_pools: Mapping[str, ScorerPool]
     batch_sizes: Mapping[str, int]  # of the scorers
 
@@ -82,7 +91,7 @@ async def started_roles(
 ) -> AsyncIterator[Roles]:
     """All roles, ready to work; they are gone when the block ends, however it ends."""
     if local:
-        make = _local_parts(recipe)
+        make = local_parts(recipe)
     else:
         on_phase("starting Ray")
         make = _cluster_parts(recipe)
@@ -136,6 +145,7 @@ async def started_parts(recipe: Recipe, make: Parts, *, waits: Waits) -> AsyncIt
                 for config in recipe.scorers
             },
             learner=make.learner,
+            restartable=make.restartable,
             scorer_pools=scorers,
             batch_sizes={config.name: config.batch_size for config in recipe.scorers},
         )
@@ -153,7 +163,7 @@ async def started_learner(
     """The learner without the other roles: in this process if it is one rank, else as actors."""
     if recipe.learner.ranks == 1:
         on_phase("starting the learner")
-        local = _local_learner(recipe, asyncio.Lock())
+        local = local_learner(recipe, asyncio.Lock())
         await local.start()
         try:
             yield local
@@ -181,6 +191,7 @@ class Parts:
     scorer_spawners: Mapping[str, Spawner[ScorerWorker]]
     learner: Learner
     start_learner: Callable[[], Any]
+    restartable: Restartable | None = None
     close: Callable[[], Any]
 
 
@@ -195,12 +206,13 @@ def _learner_arguments(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _local_parts(recipe: Recipe) -> Parts:
+def local_parts(recipe: Recipe) -> Parts:
+    """Every role as an object in this process."""
     # Imported here: a run on a cluster need not load torch into the driver.
     from orchestration.local import LocalRolloutSpawner, LocalScorerSpawner
 
     loading = asyncio.Lock()
-    learner = _local_learner(recipe, loading)
+    learner = local_learner(recipe, loading)
     return Parts(
         rollout_spawner=LocalRolloutSpawner(
             lambda: RolloutWorker(recipe.model, recipe.rollout, recipe.max_model_len), loading
@@ -212,7 +224,8 @@ def _local_parts(recipe: Recipe) -> Parts:
     )
 
 
-def _local_learner(recipe: Recipe, loading: asyncio.Lock) -> LocalLearner:
+def local_learner(recipe: Recipe, loading: asyncio.Lock) -> LocalLearner:
+    """One rank in this process, not started; `loading` is held while any model is loaded."""
     # Imported here, as above.
     from learner.rank import LearnerRank
     from orchestration.local import LocalLearner
@@ -244,5 +257,6 @@ def _cluster_parts(recipe: Recipe) -> Parts:
         scorer_spawners={s.name: handles.RayScorerSpawner(s) for s in recipe.scorers},
         learner=learner,
         start_learner=lambda: learner.start(_learner_arguments(recipe)),
+        restartable=learner,
         close=close,
     )

@@ -118,11 +118,17 @@ class RunDirectory:
     def reopen(cls, path: Path, *, step: int) -> RunDirectory:
         """Continue a run after `step`: later records go, because their steps will be done again."""
         lock = _locked(path)
-        for file in (path / METRICS_FILE, path / GROUPS_FILE):
-            if file.exists():
-                _cut_back(file, step)
+        _cut_records_back(path, step)
         (path / SUMMARY_FILE).unlink(missing_ok=True)
         return cls(path, lock)
+
+    def turn_back(self, step: int) -> None:
+        """The same while the run is open: its lock is kept."""
+        self._metrics.close()
+        self._groups.close()
+        _cut_records_back(self.path, step)
+        self._metrics = _open_lines(self.path / METRICS_FILE)
+        self._groups = _open_lines(self.path / GROUPS_FILE)
 
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl."""
@@ -215,6 +221,12 @@ def _locked(path: Path) -> TextIO:
 
 def _open_lines(path: Path) -> TextIO:
     return path.open("a", encoding="utf-8", buffering=1)
+
+
+def _cut_records_back(run: Path, step: int) -> None:
+    for file in (run / METRICS_FILE, run / GROUPS_FILE):
+        if file.exists():
+            _cut_back(file, step)
 
 
 def _cut_back(path: Path, step: int) -> None:

@@ -38,17 +38,17 @@ class RunInputs:
     resume: ResumePoint | None
     state: DriverState | None  # None: a new run
 
-    def progress(self) -> Progress:
-        """Where the driver begins."""
-        if self.state is None:
+    def progress_at(self, state: DriverState | None) -> Progress:
+        """Where the driver stands at a checkpoint; None: at the beginning."""
+        if state is None:
             return Progress(algorithm_state=self.pipeline.initial_state)
         return Progress(
-            step=self.state.step,
-            version=self.state.version,
-            next_group=self.state.next_group,
-            pending=self.state.pending,
-            algorithm_state=decoded_state(self.pipeline.initial_state, self.state.algorithm),
-            num_tokens=self.state.tokens["generated"],
+            step=state.step,
+            version=state.version,
+            next_group=state.next_group,
+            pending=state.pending,
+            algorithm_state=decoded_state(self.pipeline.initial_state, state.algorithm),
+            num_tokens=state.tokens["generated"],
         )
 
 

@@ -18,7 +18,7 @@ class StopSignals:
     def __init__(self, on_message: Callable[[str], None]) -> None:
         self.polite: Callable[[], None] | None = None  # None: there is nothing to bring to an end
         self._on_message = on_message
-        self._was_asked = False
+        self.was_asked = False
         self._task: asyncio.Task[object] | None = None
 
     def listen(self) -> None:
@@ -35,8 +35,8 @@ class StopSignals:
             loop.remove_signal_handler(number)
 
     def _received(self) -> None:
-        if self.polite is not None and not self._was_asked:
-            self._was_asked = True
+        if self.polite is not None and not self.was_asked:
+            self.was_asked = True
             self._on_message(
                 "stopping: the step in progress ends, then a checkpoint is written "
                 "(a second Ctrl-C does not wait)"

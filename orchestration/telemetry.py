@@ -32,6 +32,10 @@ class Sink(Protocol):
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
+    def turn_back(self, step: int) -> None:
+        """The steps after this one will be done again."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -53,10 +57,13 @@ class Telemetry:
     ) -> Telemetry:
         """`resumed_step`: trackers forget what they were told about later steps."""
         makers: dict[str, Callable[[], Sink]] = {
-            "tensorboard": lambda: TensorBoardSink(run.path / TRACKER_FOLDER, resumed_step),
+            "tensorboard": lambda: TensorBoardSink(run.path / TRACKER_FOLDER),
             "wandb": lambda: WandbSink(run.path, config),
         }
-        return cls(run, [makers[tracker]() for tracker in trackers])
+        telemetry = cls(run, [makers[tracker]() for tracker in trackers])
+        if resumed_step is not None:
+            telemetry.turn_back(resumed_step)
+        return telemetry
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """The metrics of one step, written everywhere."""
@@ -64,6 +71,11 @@ class Telemetry:
         self._run.append_metrics(step, values)
         for tracker in self._trackers:
             tracker.write(step, values)
+
+    def turn_back(self, step: int) -> None:
+        """Trackers forget what they were told about later steps; metrics.jsonl is cut elsewhere."""
+        for tracker in self._trackers:
+            tracker.turn_back(step)
 
     def close(self) -> None:
         """Flush and close the trackers; the run directory stays open."""
@@ -74,14 +86,15 @@ class Telemetry:
 class TensorBoardSink:
     """An event file written without torch or TensorFlow, which take seconds to import."""
 
-    def __init__(self, folder: Path, resumed_step: int | None) -> None:
+    def __init__(self, folder: Path) -> None:
         self._writer = event_file_writer.EventFileWriter(str(folder))
-        if resumed_step is not None:
-            # TensorBoard hides what it was told before from this step on.
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._writer.add_event(
-                event_pb2.Event(wall_time=time.time(), step=resumed_step + 1, session_log=start)
-            )
+
+    def turn_back(self, step: int) -> None:
+        # TensorBoard hides what it was told before from the step of this event on.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.add_event(
+            event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start)
+        )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = [
@@ -121,6 +134,9 @@ class WandbSink:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
+
+    def turn_back(self, step: int) -> None:
+        """Nothing: it keeps what it was told first about a step, and warns of what comes later."""
 
     def close(self) -> None:
         self._run.finish()

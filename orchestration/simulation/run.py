@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from grpo.errors import root_cause
 from grpo.types import Prompt
 from orchestration.driver import Driver, TrainedStep
 from orchestration.group_task import DroppedGroup, GroupRecipe
-from orchestration.launch import planned_schedule, root_cause
-from orchestration.progress import Progress
+from orchestration.progress import Progress, planned_schedule
 from orchestration.recipe import Recipe
 from orchestration.roles import Parts, Roles, started_parts
 from orchestration.simulation.clock import SimulatedLoop

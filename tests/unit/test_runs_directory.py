@@ -87,6 +87,20 @@ def test_resuming_after_step_2_forgets_the_records_of_later_steps(tmp_path: Path
     assert [line["group"] for line in lines(run.path / "groups.jsonl")] == [1, 2, 3]
 
 
+def test_an_open_run_is_turned_back_and_stays_locked(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    for step in (1, 2, 3):
+        run.append_metrics(step, {"reward": float(step)})
+        run.append_group(step, {"group": step})
+    run.turn_back(1)
+    with pytest.raises(UserError, match="another process is writing"):
+        RunDirectory.reopen(run.path, step=1)
+    run.append_metrics(2, {"reward": -2.0})
+    run.append_group(2, {"group": 7})
+    assert [line["reward"] for line in lines(run.path / "metrics.jsonl")] == [1.0, -2.0]
+    assert [line["group"] for line in lines(run.path / "groups.jsonl")] == [1, 7]
+
+
 def test_a_line_that_was_being_written_when_the_process_died_is_dropped(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.append_metrics(1, {"reward": 1.0})

@@ -42,7 +42,6 @@ def journal(tmp_path: Path) -> RunJournal:
             clock=PhaseClock(),
             pipeline=pipeline,
             total_steps=2,
-            step=0,
         )
         setting.driver._journal = written
         assert asyncio.run(setting.driver.run())

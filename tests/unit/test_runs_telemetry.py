@@ -102,6 +102,16 @@ def test_tensorboard_forgets_the_steps_that_a_resumed_run_does_again(run: RunDir
     assert scalars(run, "reward") == {1: 1.0, 2: 2.0, 3: -3.0}
 
 
+def test_a_run_that_is_turned_back_tells_its_trackers(run: RunDirectory) -> None:
+    telemetry = Telemetry.open(run, ["tensorboard"], config={})
+    for step in (1, 2, 3):
+        telemetry.log(step, {"reward": float(step)})
+    telemetry.turn_back(1)
+    telemetry.log(2, {"reward": -2.0})
+    telemetry.close()
+    assert scalars(run, "reward") == {1: 1.0, 2: -2.0}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_a_tracker_that_is_not_installed_says_how_to_install_it(run: RunDirectory) -> None:
     with pytest.raises(UserError, match="pip install wandb"):

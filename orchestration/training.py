@@ -1,0 +1,254 @@
+"""From started roles to the end of the schedule: evaluate, drive, save, and go on after a loss.
+
+The learner may be lost (a rank is killed, a node disappears) or be asked to change its number of
+ranks. Both end the driver and leave the pools up: the learner alone starts again from the last
+checkpoint, what was written down after it is taken back, and a new driver goes on from there.
+Refuses to know how the roles are started and what a run leaves behind at its end.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+
+from grpo.engines import Checkpointed
+from grpo.errors import CoveyError, Fatal, LearnerLost, Transient, leaves
+from orchestration.batch_files import drop_earlier
+from orchestration.checkpoint import DriverState, latest_checkpoint, load_checkpoint
+from orchestration.driver import Driver
+from orchestration.evaluation import EvalReport
+from orchestration.group_task import GroupRecipe
+from orchestration.held_out import HeldOut
+from orchestration.progress import Progress, planned_schedule
+from orchestration.recording import RecordingLearner
+from orchestration.resume import oldest_start
+from orchestration.roles import START_DEADLINE_S, Roles
+from orchestration.run_records import RunRecords
+from orchestration.saving import BoundedSaving, CheckpointReport, CheckpointSaver
+from orchestration.stage import WaitingRows
+from orchestration.stops import StopSignals
+from orchestration.telemetry import ClockedEngine
+from orchestration.waits import Waits
+from orchestration.weight_sync import sync_weights
+
+
+class Training:
+    """The work of one run in this process, with as many learners in turn as it takes."""
+
+    def __init__(self, roles: Roles, records: RunRecords, waits: Waits, stops: StopSignals) -> None:
+        self._roles = roles
+        self._records = records
+        self._inputs = records.inputs
+        self._recipe = records.inputs.recipe
+        self._display = records.display
+        self._clock = records.clock
+        self._waits = waits
+        self._stops = stops
+        self._held_out = HeldOut(roles, records, waits)
+        self._learner = BoundedSaving(roles.learner, waits, self._recipe.alarms.stall_s)
+        self._driver: Driver | None = None
+        self._new_ranks: int | None = None  # asked for, not in force yet
+        self._losses: list[int] = []  # steps of the checkpoints that lost learners went back to
+
+    def request_ranks(self, ranks: int) -> None:
+        """Restart the learner with so many ranks when the step in progress is done and saved."""
+        self._new_ranks = ranks
+        if self._driver is not None:
+            self._driver.request_stop()
+
+    async def run(self) -> bool:
+        """Train; True if the schedule is complete, False if a stop was requested before."""
+        await self._held_out.before()
+        is_first = True
+        while True:
+            try:
+                if not is_first:
+                    await self._restart_learner()
+                await self._load(is_first=is_first)
+                complete = await self._train()
+                if complete or self._stops.was_asked:
+                    return complete
+            except (LearnerLost, ExceptionGroup) as error:
+                lost = next((leaf for leaf in leaves(error) if isinstance(leaf, LearnerLost)), None)
+                if lost is None or self._stops.was_asked:
+                    raise
+                self._count_loss(lost)
+            is_first = False
+
+    def _count_loss(self, lost: LearnerLost) -> None:
+        """Say that the learner is lost; Fatal if that led nowhere too often."""
+        if self._roles.restartable is None:
+            raise lost
+        checkpoint = latest_checkpoint(self._records.path)
+        step = 0 if checkpoint is None else int(checkpoint.name.rpartition("_")[2])
+        self._losses = [earlier for earlier in self._losses if earlier == step] + [step]
+        self._records.replaced["learner"] = self._records.replaced.get("learner", 0) + 1
+        most = self._recipe.alarms.learner_losses
+        if len(self._losses) > most:
+            raise Fatal(
+                f"{lost}\nthat was loss {len(self._losses)} of the learner without a new "
+                f"checkpoint between them; alarms.learner_losses allows {most}. Resume the run "
+                "when the cause is mended"
+            ) from lost
+        self._waits.replacing(f"learner rank {lost.rank}", lost)
+        self._display.message(
+            f"the learner starts again and goes on from step {step} (loss {len(self._losses)} "
+            f"since that checkpoint, of {most} allowed); rollout workers and scorers stay"
+        )
+
+    async def _restart_learner(self) -> None:
+        """With the ranks that were asked for, or with those it had if that fails."""
+        learner = self._roles.restartable
+        assert learner is not None, "only a learner of actors is lost or changes its ranks"
+        before, wanted = learner.num_ranks, self._new_ranks
+        self._new_ranks = None
+        if wanted is not None:
+            self._display.phase(f"restarting the learner: {wanted} ranks instead of {before}")
+            try:
+                await self._started(wanted)
+                return
+            except (LearnerLost, Transient) as error:
+                reason = str(error).partition("\n")[0]
+                self._display.message(f"the learner does not start with {wanted} ranks: {reason}")
+        self._display.phase("restarting the learner")
+        await self._started(before)
+
+    async def _started(self, ranks: int) -> None:
+        assert self._roles.restartable is not None
+        await self._waits.within(
+            START_DEADLINE_S, "learner: starting", self._roles.restartable.restart(ranks)
+        )
+
+    async def _load(self, *, is_first: bool) -> None:
+        """Bring learner, engines and records to the last checkpoint, or to the beginning.
+
+        The first time that is where the run was resumed; without that all of them are there.
+        """
+        resume = self._inputs.resume
+        if is_first:
+            folder = None if resume is None else resume.checkpoint
+        else:
+            folder = latest_checkpoint(self._records.path)
+        if folder is None and is_first:
+            return
+        rows = WaitingRows()
+        state: DriverState | None = None
+        if folder is not None:
+            self._display.phase(f"loading checkpoint of {folder.name.replace('_', ' ')}")
+            state = await load_checkpoint(folder, self._learner, self._others(rows))
+        if not is_first:
+            self._records.turn_back(state)
+        progress = replace(self._records.progress, stage_rows=rows.rows)
+        self._records.progress = progress
+        await self._waits.within(
+            self._recipe.alarms.stall_s,
+            f"weight sync: version {progress.version}",
+            sync_weights(self._roles.learner, self._roles.engine, progress.version),
+        )
+
+    async def _train(self) -> bool:
+        async with CheckpointSaver.opened(
+            self._records.path,
+            self._learner,
+            self._recipe.checkpoint,
+            step=self._records.progress.step,
+            on_saved=self._saved,
+        ) as saver:
+            with self._clock.phase("train"):
+                complete = await self._drive(saver)
+            if complete and self._inputs.held_out:
+                after = await self._evaluated(saver, "after", self._records.progress)
+                self._held_out.conclude(after)
+        return complete
+
+    def _saved(self, report: CheckpointReport) -> None:
+        # Under the last step that was logged: trackers take no older one.
+        self._records.telemetry.log(self._records.journal.step, report.metrics())
+        start = oldest_start(self._records.path, keep=self._recipe.checkpoint.keep)
+        drop_earlier(self._records.path, start)
+
+    async def _evaluated(
+        self, saver: CheckpointSaver, label: str, progress: Progress
+    ) -> EvalReport:
+        """An evaluation of a step of this run, which may be the best so far."""
+        report = await self._held_out.measured(label, progress.step)
+        await saver.evaluated(progress.step, report, save=lambda: self._save(saver, progress))
+        return report
+
+    async def _drive(self, saver: CheckpointSaver) -> bool:
+        driver = self._driver = self._new_driver(saver)
+        self._stops.polite = driver.request_stop
+        if self._new_ranks is not None:  # asked for when there was no driver to stop
+            driver.request_stop()
+        self._display.phase("training")
+        try:
+            return await driver.run()
+        except (CoveyError, ExceptionGroup) as error:
+            self._records.progress = driver.progress
+            if driver.is_between_steps:
+                await self._rescue(saver, error)
+            raise
+        finally:
+            self._driver = self._stops.polite = None
+            self._records.progress = driver.progress
+            self._records.replaced |= self._roles.num_replaced
+
+    def _new_driver(self, saver: CheckpointSaver) -> Driver:
+        recipe = self._recipe
+
+        async def evaluate_during(step: int) -> None:
+            report = await self._evaluated(saver, f"step {step}", driver.progress)
+            self._held_out.show(f"step {step}", report)
+
+        async def checkpoint(progress: Progress) -> None:
+            self._records.progress = progress
+            if progress.step > saver.step:  # a stop right behind a checkpoint asks for it again
+                await self._save(saver, progress)
+
+        driver = Driver(
+            schedule=planned_schedule(recipe),
+            common=GroupRecipe(
+                pipeline=self._inputs.pipeline,
+                sampling=recipe.sampling.drawn(),
+                run_seed=recipe.seed,
+                engine=ClockedEngine(self._roles.engine, self._clock),
+                tokenizer=self._inputs.tokenization,
+                scorers=self._roles.scorers,
+            ),
+            learner=RecordingLearner(
+                self._roles.learner,
+                self._records.path,
+                total_steps=recipe.steps,
+                keeps_all=recipe.checkpoint.record_batches,
+            ),
+            prompt_at=self._inputs.prompts.at,
+            journal=self._records.journal,
+            waits=self._waits,
+            progress=self._records.progress,
+            evaluate=evaluate_during,
+            checkpoint=checkpoint,
+            scorer_metrics=self._roles.scorer_metrics,
+        )
+        return driver
+
+    async def _rescue(self, saver: CheckpointSaver, error: BaseException) -> None:
+        """Something else than the learner failed: keep what it has learnt, if it still answers."""
+        if any(isinstance(leaf, LearnerLost) for leaf in leaves(error)):
+            return
+        progress = self._records.progress
+        if progress.step > saver.step:
+            with suppress(CoveyError, OSError):
+                await self._save(saver, progress)
+                await saver.finished()
+                self._display.message(f"saved a checkpoint of step {progress.step}")
+
+    async def _save(self, saver: CheckpointSaver, progress: Progress) -> None:
+        with self._clock.phase("checkpoint"):
+            state = self._records.driver_state(progress)
+            await saver.save(state, self._others(WaitingRows(progress.stage_rows)))
+
+    def _others(self, rows: WaitingRows) -> dict[str, Checkpointed]:
+        """What a checkpoint holds beside the learner, by its folder there."""
+        roles = self._roles.scorers.items()
+        learning = {name: role.learning for name, role in roles if role.learning}
+        return {"stage": rows, **{f"scorers/{n}": scorer for n, scorer in learning.items()}}
