@@ -177,19 +177,25 @@ def measured(config: ScorerConfig, groups: Sequence[Group], repeats: int) -> Mea
 
 async def throughput(spawner: Spawner[ScorerWorker], num_actors: int) -> float:
     """Scores per second of a pool, each group asked for as its rollouts would end."""
-    waits = Waits()
-    pool = ActorPool(
-        "scorer", spawner, retries=0, deadline_s=600, start_deadline_s=600, waits=waits
-    )
-    scorer = ScorerPool("sleeping", pool)
     groups = written_groups(8 * BATCH_SIZE // GROUP_SIZE * 4, "")
-    await pool.start(num_actors)
-    try:
-        before = time.perf_counter()
-        await asyncio.gather(*[scorer.score(group, spans_of(group)) for group in groups])
-        return len(groups) * GROUP_SIZE / (time.perf_counter() - before)
-    finally:
-        await pool.close()
+    async with asyncio.TaskGroup() as tasks:
+        pool = ActorPool(
+            "scorer",
+            spawner,
+            tasks=tasks,
+            retries=0,
+            deadline_s=600,
+            start_deadline_s=600,
+            waits=Waits(),
+        )
+        scorer = ScorerPool("sleeping", pool)
+        await pool.start(num_actors)
+        try:
+            before = time.perf_counter()
+            await asyncio.gather(*[scorer.score(group, spans_of(group)) for group in groups])
+            return len(groups) * GROUP_SIZE / (time.perf_counter() - before)
+        finally:
+            await pool.close()
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "copy the model of a checkpoint, for AutoModelForCausalLM and vLLM",
     "replay": "recompute a recorded step of a run, and compare it bit for bit",
     "doctor": "say what a run is doing, who waits for whom, and what is wrong with it",
+    "scale": "show the numbers of workers of a running job, or change them while it goes on",
     "selftest": "train at rate 0: neither the policy nor the engine's difference may move",
     "simulate": "the driver against workers that only wait: what limits a step, at any size",
     "preference": "collect answers, train and measure a preference model (WS-GRPO)",

@@ -28,6 +28,7 @@ from orchestration.run_directory import (
     SUMMARY_FILE,
     RunStatus,
 )
+from orchestration.scaling import in_words, pools_in_words, read_pools
 from orchestration.waits_file import EVERY_S, WaitRecord, WaitsRecord, read_waits
 
 SILENT_S = 15 * EVERY_S  # the process is stopped, or too busy for anything else
@@ -55,6 +56,7 @@ class Diagnosis:
     last_line_s: float | None  # seconds since a step or a dropped group was written down
     waits: tuple[str, ...] = ()  # who waits for whom, oldest first; of a crashed run: as it was
     closest: str | None = None  # the wait whose deadline comes first
+    pools: str | None = None  # how large they are, of a run that goes on
     ledger: Ledger | None = None  # of an ended run
     remarks: tuple[str, ...] = ()
     problems: tuple[str, ...] = field(default=())
@@ -74,9 +76,12 @@ def diagnosed(run: Path, recipe: Recipe, *, now: float | None = None) -> Diagnos
     closest = None if waits is None else _closest(waits)
     # What a process that is gone wrote last is told as of then.
     seen = waits.written if waits is not None and state is RunState.CRASHED else now
-    ledger, remarks = None, list[str]()
+    pools, remarks = read_pools(run), list[str]()
+    ledger = None
     if state is not RunState.RUNNING:
         ledger = _ledger(run, recipe, remarks.append)
+        if pools is not None and pools.asked and state is not RunState.FINISHED:
+            remarks.append(f"--resume begins with {in_words(pools.asked)}, as covey scale asked")
     problems = [
         *_how_it_ended(run, state, summary),
         *(_waiting(waits, now) if waits is not None and state is RunState.RUNNING else ()),
@@ -91,10 +96,18 @@ def diagnosed(run: Path, recipe: Recipe, *, now: float | None = None) -> Diagnos
         last_line_s=_last_line_s(run, now),
         waits=() if waits is None else tuple(_in_words(wait, seen) for wait in _told(waits)),
         closest=None if closest is None else _in_words(closest, seen),
+        pools=None
+        if pools is None or state is not RunState.RUNNING
+        else pools_in_words(pools.pools),
         ledger=ledger,
         remarks=tuple(remarks),
         problems=tuple(problems),
     )
+
+
+def state_of(run: Path) -> RunState:
+    """What has become of the run, without looking further."""
+    return _state(run, _summary(run), read_waits(run), time.time())
 
 
 def _summary(run: Path) -> dict[str, object] | None:

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ from grpo.types import (
     WeightRef,
 )
 from learner.rank import LearnerRank
+from orchestration.cluster_address import require_listener
 from orchestration.config import Recipe
-from orchestration.placement import shortage, total
+from orchestration.placement import Room, room_of, shortage, total
 from orchestration.scorer_pool import ScorerWorker
 from orchestration.waiting import Whereabouts
 from orchestration.waits import note_whereabouts, waiting_for
@@ -48,8 +50,10 @@ from rollout_workers.worker import RolloutWorker
 
 # Groups that may wait in one worker at a time; the engine batches them itself.
 MAX_CONCURRENT_CALLS = 10_000
-CONNECT_TIMEOUT_S = 5.0
 LOSS_NOTICED_S = 10.0  # Ray reports a killed process within a second or two
+# Where covey starts Ray itself CPUs are book-keeping, and a pool may grow beyond the cores; Ray
+# starts no more processes for it. GPUs are counted as they are.
+LOGICAL_CPUS = 16  # for each core
 WRITING = "writing"  # Ray's concurrency group of what a learner rank does beside its other calls
 
 
@@ -59,12 +63,12 @@ def connect(recipe: Recipe) -> bool:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        _require_listener(address)
+        require_listener(address)
         ray.init(address=address, log_to_driver=False, logging_level="warning")
     else:
         cpus, _ = total(recipe)
         ray.init(
-            num_cpus=max(os.cpu_count() or 1, int(cpus + 0.999)),
+            num_cpus=max(LOGICAL_CPUS * (os.cpu_count() or 1), ceil(cpus)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level="warning",
@@ -76,18 +80,9 @@ def connect(recipe: Recipe) -> bool:
     return not address
 
 
-def _require_listener(address: str) -> None:
-    """Ray itself would try for minutes; an address without a port ("auto", "local") is its own."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise UserError(
-            f"RAY_ADDRESS is {address}, but nothing answers there ({error}): start the cluster, "
-            "correct the address, or unset RAY_ADDRESS to use this machine alone"
-        ) from error
+def room() -> Room:
+    """As of now, on all nodes together."""
+    return room_of(ray.cluster_resources(), ray.available_resources())
 
 
 def disconnect() -> None:
@@ -121,6 +116,17 @@ def _whereabouts(actor: object) -> Whereabouts:
 async def _located(actor: ActorHandle[Any], owner: str | None = None) -> None:
     """Register where an actor runs, before anything is asked of it that could hang."""
     note_whereabouts(await _answer(actor.__ray_call__.remote(_whereabouts)), owner)
+
+
+async def _started(actor: ActorHandle[Any]) -> ActorHandle[Any]:
+    """The actor once it is ready; one that is not wanted any more leaves no process behind."""
+    try:
+        await _located(actor)
+        await _answer(actor.start.remote())
+    except BaseException:
+        ray.kill(actor)
+        raise
+    return actor
 
 
 def _rank(place: int) -> str:
@@ -165,10 +171,7 @@ class RayRolloutSpawner:
         )
 
     async def spawn(self, place: int) -> RolloutEngine:
-        actor = self._actor_class.remote(*self._arguments)
-        await _located(actor)
-        await _answer(actor.start.remote())
-        return RayRolloutWorker(actor)
+        return RayRolloutWorker(await _started(self._actor_class.remote(*self._arguments)))
 
     async def discard(self, worker: RolloutEngine) -> None:
         assert isinstance(worker, RayRolloutWorker)
@@ -212,10 +215,7 @@ class RayScorerSpawner:
         )
 
     async def spawn(self, place: int) -> ScorerWorker:
-        actor = self._actor_class.remote(self._config)
-        await _located(actor)
-        await _answer(actor.start.remote())
-        return RayScorer(actor)
+        return RayScorer(await _started(self._actor_class.remote(self._config)))
 
     async def discard(self, worker: ScorerWorker) -> None:
         assert isinstance(worker, RayScorer)

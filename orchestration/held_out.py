@@ -54,6 +54,7 @@ class HeldOut:
         """Ask the engines as they are; the figures are logged under this step."""
         recipe = self._records.inputs.recipe
         samples, rollout = recipe.evaluation.samples, recipe.rollout
+        workers = self._roles.engine.pool.sizes.wanted
         self._records.display.phase(f"evaluating ({label})")
         with self._records.clock.phase("evaluate"), self._waits.noted(f"evaluation: {label}"):
             report = await evaluate(
@@ -64,7 +65,7 @@ class HeldOut:
                 sampling=recipe.sampling.drawn(),
                 seed=recipe.seed,
                 first_group=EVALUATION_GROUPS,
-                concurrency=max(1, rollout.workers * rollout.max_concurrent_rollouts // samples),
+                concurrency=max(1, workers * rollout.max_concurrent_rollouts // samples),
             )
         self._records.telemetry.log(step, report.metrics())
         return report

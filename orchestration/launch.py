@@ -14,10 +14,12 @@ from grpo.errors import Fatal, UserError, root_cause
 from orchestration.checkpoint import latest_checkpoint
 from orchestration.config import Recipe
 from orchestration.display import Display
+from orchestration.live_pools import pools_kept
 from orchestration.roles import local_recipe, started_roles
 from orchestration.run_directory import RunStatus
 from orchestration.run_inputs import RunInputs, read_inputs
 from orchestration.run_records import RunRecords, opened_records
+from orchestration.scaling import at_asked_sizes
 from orchestration.stops import StopSignals
 from orchestration.training import Training
 from orchestration.waits import Waits
@@ -85,17 +87,31 @@ class _Run:
             await started.enter_async_context(
                 waits_kept(records.path, self._waits, step=lambda: records.journal.step)
             )
+            recipe = self._inputs.recipe
+            if not self._local:
+                recipe = at_asked_sizes(recipe, records.path, self._display.message)
             with records.clock.phase("start"):
                 roles = await started.enter_async_context(
                     started_roles(
-                        self._inputs.recipe,
+                        recipe,
                         local=self._local,
                         waits=self._waits,
                         on_phase=self._display.phase,
                     )
                 )
             self._stops.listen()  # Ray has put its own handlers in their place
-            return await Training(roles, records, self._waits, self._stops).run()
+            training = Training(roles, records, self._waits, self._stops)
+            await started.enter_async_context(
+                pools_kept(
+                    records.path,
+                    recipe,
+                    roles.pools,
+                    training,
+                    room=roles.room,
+                    say=self._display.message,
+                )
+            )
+            return await training.run()
 
 
 def _summarise(records: RunRecords, status: RunStatus, cause: str | None) -> None:

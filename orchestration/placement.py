@@ -18,6 +18,26 @@ class Demand:
     gpus: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a cluster has, and what of it nobody has set aside."""
+
+    cpus: float
+    gpus: float
+    free_cpus: float
+    free_gpus: float
+
+
+def room_of(has: Mapping[str, float], free: Mapping[str, float]) -> Room:
+    """From resources by name; what is used up, or never was there, is absent."""
+    return Room(
+        cpus=has.get("CPU", 0.0),
+        gpus=has.get("GPU", 0.0),
+        free_cpus=free.get("CPU", 0.0),
+        free_gpus=free.get("GPU", 0.0),
+    )
+
+
 def demands(recipe: Recipe) -> list[Demand]:
     """One entry per role, in the order of the recipe."""
     rollout, learner = recipe.rollout, recipe.learner
@@ -65,4 +85,21 @@ def shortage(recipe: Recipe, resources: Mapping[str, float]) -> str | None:
     return (
         f"the recipe needs {cpus:g} CPUs and {gpus:g} GPUs ({rows}), the cluster has "
         f"{has_cpus:g} and {has_gpus:g}: add nodes, or lower workers, actors or ranks"
+    )
+
+
+def lack_of_room(now: Recipe, then: Recipe, room: Room) -> str | None:
+    """Why the roles cannot grow from one recipe's sizes to the other's; None: they can, by sums.
+
+    What shrinks in the same move makes room for what grows.
+    """
+    (cpus, gpus), (cpus_then, gpus_then) = total(now), total(then)
+    more_cpus, more_gpus = max(0.0, cpus_then - cpus), max(0.0, gpus_then - gpus)
+    if more_cpus <= room.free_cpus and more_gpus <= room.free_gpus:
+        return None
+    return (
+        f"{more_cpus:g} CPUs and {more_gpus:g} GPUs more are needed; the cluster has {room.cpus:g} "
+        f"CPUs, of which {room.cpus - room.free_cpus:g} are in use, and {room.gpus:g} GPUs, of "
+        f"which {room.gpus - room.free_gpus:g} are: ask for fewer, add nodes, or shrink another "
+        "role in the same command"
     )

@@ -1,31 +1,33 @@
-"""Pools of interchangeable workers: least loaded first, retried elsewhere, healed in place.
+"""Pools of interchangeable workers: least loaded first, retried elsewhere, healed, resized.
 
-A worker that is lost or too slow is replaced by a fresh one, which catches up (loads the current
-weights) before it serves. Refuses to know whether a worker is an actor or an object in this
-process; `spawn` and `discard` do.
+A call waits for no replacement while another worker serves: workers are started and ended in the
+background, and a new one serves once it has done what all of them had to (load the weights).
+Refuses to know whether a worker is an actor or an object in this process; `spawn` and `discard` do.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from grpo.engines import RolloutEngine
-from grpo.errors import Fatal, Transient
-from grpo.types import LoadReport, Rollout, SampleRequest, WeightRef
+from grpo.errors import CoveyError, DeadlineExceeded, Fatal, Transient, WorkerLost
 from orchestration.waits import Waits
 
 W = TypeVar("W")
 T = TypeVar("T")
+FIRST_PAUSE_S = 1.0  # before the next try of a worker that could not be started; then doubled
+LONGEST_PAUSE_S = 60.0
 
 
 class Spawner(Protocol[W]):
     """Makes and removes the workers of one pool."""
 
     async def spawn(self, place: int) -> W:
-        """A started worker for this place of the pool."""
+        """A started worker for this place of the pool; nothing is left of it if that fails."""
         ...
 
     async def discard(self, worker: W) -> None:
@@ -33,165 +35,334 @@ class Spawner(Protocol[W]):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class _Place(Generic[W]):
-    """One place of a pool; the worker in it may change."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSizes:
+    """How many workers a pool shall have, and what its workers are doing."""
 
-    index: int
-    worker: W
-    load: int = 0
-    healthy: bool = True
-    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-
-class ActorPool(Generic[W]):
-    """Runs calls on the least loaded healthy worker and replaces workers that fail."""
-
-    def __init__(
-        self,
-        role: str,
-        spawner: Spawner[W],
-        *,
-        retries: int,
-        deadline_s: float,
-        start_deadline_s: float,
-        waits: Waits,
-        catch_up: Callable[[W], Awaitable[object]] | None = None,
-    ) -> None:
-        self.role = role
-        self.num_replaced = 0
-        self._spawner = spawner
-        self._retries = retries
-        self._deadline_s = deadline_s
-        self._start_deadline_s = start_deadline_s
-        self._waits = waits
-        self._catch_up = catch_up
-        self._places: list[_Place[W]] = []
-
-    async def start(self, size: int) -> None:
-        """Bring up `size` workers at once."""
-        workers = await asyncio.gather(*[self._spawn(index) for index in range(size)])
-        self._places = [_Place(index, worker) for index, worker in enumerate(workers)]
-
-    async def close(self) -> None:
-        """End every worker."""
-        await asyncio.gather(*[self._spawner.discard(place.worker) for place in self._places])
-        self._places = []
-
-    @property
-    def workers(self) -> list[W]:
-        """Those that are not being replaced."""
-        return [place.worker for place in self._places if place.healthy]
-
-    async def run(self, what: str, call: Callable[[W], Awaitable[T]]) -> T:
-        """The call's result from some worker; Transient failures are retried within the budget."""
-        failure: Transient | None = None
-        for _ in range(self._retries + 1):
-            place = await self._least_loaded()
-            worker = place.worker
-            place.load += 1
-            name = f"{self.role} {place.index}: {what}"
-            try:
-                return await self._waits.within(self._deadline_s, name, call(worker))
-            except Transient as error:
-                failure = error
-                await self._heal(place, worker, error)
-            finally:
-                place.load -= 1
-        assert failure is not None
-        raise Exhausted(
-            f"{self.role}: {what} failed {self._retries + 1} times, last: {failure}"
-        ) from failure
-
-    async def each(self, what: str, call: Callable[[W], Awaitable[T]]) -> list[T]:
-        """The call's result from every worker; a worker that fails is replaced and asked again."""
-        return list(await asyncio.gather(*[self._on(place, what, call) for place in self._places]))
-
-    async def _on(self, place: _Place[W], what: str, call: Callable[[W], Awaitable[T]]) -> T:
-        name = f"{self.role} {place.index}: {what}"
-        for _ in range(self._retries + 1):
-            async with place.changing:
-                worker = place.worker
-                try:
-                    return await self._waits.within(self._deadline_s, name, call(worker))
-                except Transient as error:
-                    failure = error
-            await self._heal(place, worker, failure)
-        raise Exhausted(f"{name} failed {self._retries + 1} times, last: {failure}") from failure
-
-    async def _least_loaded(self) -> _Place[W]:
-        healthy = [place for place in self._places if place.healthy]
-        if not healthy:  # wait until one is healed
-            first = self._places[0]
-            with self._waits.noted(f"{self.role} {first.index}: being replaced"):
-                async with first.changing:
-                    healthy = [first]
-        return min(healthy, key=lambda place: (place.load, place.index))
-
-    async def _heal(self, place: _Place[W], lost: W, cause: Transient) -> None:
-        """Replace the lost worker, unless somebody already did."""
-        place.healthy = False
-        async with place.changing:
-            if place.worker is lost:
-                name = f"{self.role} {place.index}"
-                self._waits.replacing(name, cause)
-                await self._waits.within(
-                    self._deadline_s, f"{name}: being ended", self._spawner.discard(lost)
-                )
-                place.worker = await self._spawn(place.index)
-                self.num_replaced += 1
-            place.healthy = True
-
-    async def _spawn(self, index: int) -> W:
-        name = f"{self.role} {index}: starting"
-        worker = await self._waits.within(self._start_deadline_s, name, self._spawner.spawn(index))
-        if self._catch_up is not None:
-            await self._waits.within(self._deadline_s, name, self._catch_up(worker))
-        return worker
+    wanted: int
+    ready: int
+    starting: int  # for the first time, or in the place of one that was lost
+    leaving: int  # finish what they have, and get nothing new
 
 
 class Exhausted(Fatal):
     """The retry budget of one call is used up."""
 
 
-class RolloutPool:
-    """A RolloutEngine over several; all of them hold the version that was loaded last."""
+@dataclass(slots=True, eq=False)
+class _Place(Generic[W]):
+    """One place of a pool; the worker in it may change."""
+
+    index: int
+    name: str  # the owner of its waits
+    worker: W | None = None  # None: it has none to end
+    serves: bool = False
+    has_served: bool = False
+    is_leaving: bool = False
+    calls: set[asyncio.Timeout] = field(default_factory=set)
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None  # the one that starts or ends its worker
+
+    @asynccontextmanager
+    async def counted(self) -> AsyncIterator[None]:
+        """A call; it ends with WorkerLost when its worker is given up."""
+        try:
+            async with asyncio.timeout(None) as limit:
+                self.calls.add(limit)
+                self.idle.clear()
+                try:
+                    yield
+                finally:
+                    self.calls.discard(limit)
+                    if not self.calls:
+                        self.idle.set()
+        except TimeoutError:
+            raise WorkerLost(f"{self.name} was given up before it had answered") from None
+
+    def cut(self) -> None:
+        """End every call that is under way."""
+        now = asyncio.get_running_loop().time()
+        for limit in self.calls:
+            limit.reschedule(now)
+        self.calls.clear()
+        self.idle.set()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Standing(Generic[W]):
+    """What every worker has to have done before it serves."""
+
+    what: str
+    call: Callable[[W], Awaitable[None]]
+
+
+class ActorPool(Generic[W]):
+    """Runs calls on the least loaded worker that serves, and keeps as many as are wanted."""
 
     def __init__(
         self,
-        spawner: Spawner[RolloutEngine],
+        role: str,
+        spawner: Spawner[W],
         *,
+        tasks: asyncio.TaskGroup,
         retries: int,
         deadline_s: float,
         start_deadline_s: float,
         waits: Waits,
     ) -> None:
-        self._ref: WeightRef | None = None  # None: the model as it is on disk
-        self.pool = ActorPool(
-            "rollout worker",
-            spawner,
-            retries=retries,
-            deadline_s=deadline_s,
-            start_deadline_s=start_deadline_s,
-            waits=waits,
-            catch_up=self._load_current,
+        """`tasks` gets what goes on in the background; close() ends it."""
+        self.role = role
+        self.num_replaced = 0  # workers that were lost
+        self.setback: str | None = None  # why the pool is smaller than the last wish
+        self._spawner = spawner
+        self._tasks = tasks
+        self._retries = retries
+        self._deadline_s = deadline_s
+        self._start_deadline_s = start_deadline_s
+        self._waits = waits
+        self._wanted = 0
+        self._places: list[_Place[W]] = []
+        self._standing: _Standing[W] | None = None
+        self._some_serve = asyncio.Event()
+        self._empty_since = 0.0  # of the event loop; meaningless while some serve
+        self._end_of_run: CoveyError | None = None  # for whoever calls next
+
+    async def start(self, size: int) -> None:
+        """Bring up `size` workers at once."""
+        self._wanted = size
+        self._places = [self._place(index) for index in range(size)]
+        async with asyncio.TaskGroup() as starting:
+            for place in self._places:
+                starting.create_task(self._bring_up(place))
+
+    async def close(self) -> None:
+        """End every worker, and what goes on in the background."""
+        changing = [place.task for place in self._places if place.task is not None]
+        for task in changing:
+            task.cancel()
+        if changing:
+            await asyncio.wait(changing)
+        await asyncio.gather(*[self._end(place) for place in self._places])
+        self._places = []
+
+    @property
+    def workers(self) -> list[W]:
+        """Those that serve."""
+        return [place.worker for place in self._places if place.serves and place.worker is not None]
+
+    @property
+    def sizes(self) -> PoolSizes:
+        """As of now."""
+        staying = self._staying
+        ready = sum(place.serves for place in staying)
+        return PoolSizes(
+            wanted=self._wanted,
+            ready=ready,
+            starting=len(staying) - ready,
+            leaving=len(self._places) - len(staying),
         )
 
-    async def sample(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
-        """All rollouts of one call come from one worker, which can share their context."""
-        what = f"sampling {len(requests)} rollouts of group {requests[0].group}"
-        return await self.pool.run(what, lambda worker: worker.sample(requests))
+    async def run(self, what: str, call: Callable[[W], Awaitable[T]]) -> T:
+        """The call's result from some worker; Transient failures are retried within the budget."""
+        failure: Transient | None = None
+        for _ in range(self._retries + 1):
+            await self._until_some_serve()
+            serving = [place for place in self._staying if place.serves]
+            place = min(serving, key=lambda place: (len(place.calls), place.index))
+            try:
+                return await self._on(place, what, call)
+            except Transient as error:
+                failure = error
+        assert failure is not None
+        raise Exhausted(
+            f"{self.role}: {what} failed {self._retries + 1} times, last: {failure}"
+        ) from failure
 
-    async def load_weights(self, ref: WeightRef) -> LoadReport:
-        """Load in all workers; the report is of the slowest."""
-        self._ref = ref
-        what = f"loading version {ref.version}"
-        reports = await self.pool.each(what, lambda worker: worker.load_weights(ref))
-        for report in reports:
-            if (report.version, report.checksum) != (ref.version, ref.checksum):
-                return report  # the caller compares and stops
-        return max(reports, key=lambda report: sum(report.timings_s.values()))
+    async def broadcast(self, what: str, call: Callable[[W], Awaitable[T]]) -> list[T]:
+        """The results of all that serve, at least one; others do it before they serve."""
+        results: list[T] = []
 
-    async def _load_current(self, worker: RolloutEngine) -> None:
-        if self._ref is not None:
-            await worker.load_weights(self._ref)
+        async def answered(worker: W) -> None:
+            results.append(await call(worker))
+
+        async def on(place: _Place[W]) -> None:
+            try:
+                await self._on(place, what, answered)
+            except Transient:
+                return  # given up: the next one in its place does it before it serves
+
+        self._standing = _Standing(what, answered)
+        await asyncio.gather(*[on(place) for place in self._places if place.serves])
+        if not results:
+            await self._until_some_serve()
+        return results
+
+    def resize(self, size: int) -> None:
+        """Start or dismiss workers in the background; the last wish counts."""
+        assert size >= 1, "a pool without workers answers nobody"
+        self._wanted, self.setback = size, None
+        # Whoever does not serve yet leaves first, then the newest.
+        staying = sorted(self._staying, key=lambda place: (not place.serves, place.index))
+        for place in staying[size:]:
+            place.is_leaving = True
+            self._change(place, self._retire)
+        missing = max(0, size - len(staying))
+        leaving = [place for place in self._places if place.is_leaving and place.serves]
+        for place in leaving[:missing] if missing else ():
+            place.is_leaving = False
+            self._change(place, None)
+        for _ in range(missing - len(leaving)):
+            used = {place.index for place in self._places}
+            place = self._place(next(i for i in range(len(used) + 1) if i not in used))
+            self._places.append(place)
+            self._change(place, self._fill)
+        self._look_who_serves()
+
+    @property
+    def _staying(self) -> list[_Place[W]]:
+        return [place for place in self._places if not place.is_leaving]
+
+    def _place(self, index: int) -> _Place[W]:
+        return _Place(index, f"{self.role} {index}")
+
+    async def _on(self, place: _Place[W], what: str, call: Callable[[W], Awaitable[T]]) -> T:
+        """The call's result; a worker that fails is given up."""
+        worker = place.worker
+        assert worker is not None, "it serves"
+        try:
+            async with place.counted():
+                name = f"{place.name}: {what}"
+                return await self._waits.within(self._deadline_s, name, call(worker))
+        except Transient as error:
+            if place.worker is worker and place.serves:  # else somebody already did
+                self._give_up(place, error)
+            raise
+
+    def _give_up(self, place: _Place[W], cause: Transient) -> None:
+        place.serves = False
+        place.cut()
+        self._look_who_serves()
+        if place.is_leaving:
+            self._waits.trouble(f"{place.name} was leaving and is ended: {_first_line(cause)}")
+            return
+        self.num_replaced += 1
+        self._waits.replacing(place.name, cause)
+        self._change(place, self._fill)
+
+    async def _until_some_serve(self) -> None:
+        """Fatal if nobody could be started for the whole deadline."""
+        while self._end_of_run is None and not self._some_serve.is_set():
+            now = asyncio.get_running_loop().time()
+            try:
+                await self._waits.within(
+                    max(0.0, self._empty_since + self._start_deadline_s - now),
+                    f"{self.role} pool: a worker that serves",
+                    self._some_serve.wait(),
+                    behind=lambda: [place.name for place in self._places],
+                )
+            except DeadlineExceeded as error:
+                raise Fatal(
+                    f"no {self.role} is left, and for {self._start_deadline_s:g} s none could be "
+                    f"started: {error}"
+                ) from error
+        if self._end_of_run is not None:
+            raise self._end_of_run
+
+    def _look_who_serves(self) -> None:
+        if any(place.serves for place in self._staying):
+            self._some_serve.set()
+        elif self._some_serve.is_set():
+            self._some_serve.clear()
+            self._empty_since = asyncio.get_running_loop().time()
+
+    def _change(
+        self, place: _Place[W], work: Callable[[_Place[W]], Coroutine[None, None, None]] | None
+    ) -> None:
+        """Do this with the place instead of what is being done with it."""
+        before, place.task = place.task, None
+        if before is not None:
+            before.cancel()
+        if work is None:
+            return
+
+        async def changed() -> None:
+            if before is not None:
+                await asyncio.wait([before])
+            await work(place)
+
+        # A context of its own: no part of the wait of whoever found that this has to be done.
+        place.task = self._tasks.create_task(changed(), name=place.name, context=Context())
+
+    async def _fill(self, place: _Place[W]) -> None:
+        """Consumes the place's time; waits for a worker; unblocked by room in the cluster."""
+        pause_s, is_told = FIRST_PAUSE_S, False
+        while True:
+            await self._end(place)
+            try:
+                await self._bring_up(place)
+            except Transient as error:
+                cause = _first_line(error)
+            except CoveyError as error:
+                await self._leave_empty(place, error)
+                return
+            else:
+                break
+            if not is_told:
+                self._waits.trouble(f"{place.name} cannot be started and is tried again: {cause}")
+                is_told = True
+            name = f"{place.name}: could not be started, is tried again after {pause_s:g} s"
+            await self._waits.within(
+                self._start_deadline_s + pause_s, f"{name} ({cause})", asyncio.sleep(pause_s)
+            )
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        if is_told:
+            self._waits.trouble(f"{place.name} has been started after all")
+
+    async def _bring_up(self, place: _Place[W]) -> None:
+        worker = place.worker = await self._waits.within(
+            self._start_deadline_s, f"{place.name}: starting", self._spawner.spawn(place.index)
+        )
+        done = None
+        while (standing := self._standing) is not done and standing is not None:
+            name = f"{place.name}: {standing.what}"
+            await self._waits.within(self._deadline_s, name, standing.call(worker))
+            done = standing  # by now there may be a newer one
+        place.serves = place.has_served = True
+        self._look_who_serves()
+
+    async def _leave_empty(self, place: _Place[W], error: CoveyError) -> None:
+        """Trying again would not help: the pool stays as it was, or the run ends."""
+        if place.has_served:
+            self._end_of_run = error
+            self._some_serve.set()
+            return
+        self._wanted -= 1
+        self.setback = f"{place.name} could not be started: {error}"
+        self._waits.trouble(f"{self.setback}\n{self.role}: the pool goes on with {self._wanted}")
+        place.is_leaving = True
+        await self._retire(place)
+
+    async def _retire(self, place: _Place[W]) -> None:
+        """Waits for the calls that the worker has; unblocked by their ends, or their deadlines."""
+        while place.serves and place.calls:
+            with self._waits.noted(f"{place.name}: finishing its calls before it leaves"):
+                await place.idle.wait()
+        place.serves = False
+        await self._end(place)
+        self._waits.whereabouts.pop(place.name, None)
+        self._places.remove(place)
+
+    async def _end(self, place: _Place[W]) -> None:
+        """A worker that cannot be ended in time is left to itself."""
+        if place.worker is None:
+            return
+        name = f"{place.name}: being ended"
+        try:
+            await self._waits.within(self._deadline_s, name, self._spawner.discard(place.worker))
+        except Transient as error:
+            self._waits.trouble(f"{place.name} could not be ended: {error}")
+        place.worker, place.serves = None, False
+
+
+def _first_line(error: Transient) -> str:
+    return str(error).partition("\n")[0]

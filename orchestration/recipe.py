@@ -313,6 +313,8 @@ def combination_problems(recipe: Recipe) -> Iterator[str]:
     names = [scorer.name for scorer in recipe.scorers]
     for name in sorted({n for n in names if names.count(n) > 1}):
         yield f"scorers: the name {name!r} is used twice; names must differ, as metrics use them"
+    for name in sorted({"rollout", "learner"}.intersection(names)):
+        yield f"scorers: {name!r} is another role's name in `covey scale`; choose another one"
     for scorer in recipe.scorers:
         if scorer.learns and scorer.learns_from not in {*names} - {scorer.name}:
             yield (

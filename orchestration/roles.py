@@ -11,13 +11,16 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from grpo.engines import RolloutEngine
 from learner.environment import thread_environment
 from orchestration.config import Recipe
 from orchestration.group_task import ScorerRole
-from orchestration.pool import ActorPool, RolloutPool, Spawner
+from orchestration.placement import Room
+from orchestration.pool import ActorPool, Spawner
+from orchestration.rollout_pool import RolloutPool
+from orchestration.scaling import ROLLOUT
 from orchestration.scorer_pool import ScorerPool, ScorerWorker, scorer_metrics
 from orchestration.training_step import StepLearner
 from orchestration.waits import Waits
@@ -27,6 +30,7 @@ from rollout_workers.worker import RolloutWorker
 if TYPE_CHECKING:
     from orchestration.local import LocalLearner
 
+W = TypeVar("W")
 START_DEADLINE_S = 900.0  # loading a large model from a slow disk
 WORKER_RETRIES = 3
 
@@ -61,6 +65,7 @@ class Roles:
     restartable: Restartable | None  # the same learner; None: it lives and dies with the driver
     scorer_pools: Mapping[str, ScorerPool]
     batch_sizes: Mapping[str, int]  # of the scorers
+    room: Callable[[], Room] | None  # what the cluster has; None: the roles cannot be resized
 
     async def scorer_metrics(self) -> dict[str, float]:
         """How every scorer fares, as metrics of the run so far."""
@@ -69,6 +74,11 @@ class Roles:
             counters = await pool.statistics()
             metrics |= scorer_metrics(name, counters, batch_size=self.batch_sizes[name])
         return metrics
+
+    @property
+    def pools(self) -> dict[str, ActorPool[Any]]:
+        """By their names in `covey scale`."""
+        return {ROLLOUT: self.engine.pool, **{n: s.pool for n, s in self.scorer_pools.items()}}
 
     @property
     def num_replaced(self) -> dict[str, int]:
@@ -103,57 +113,78 @@ async def started_roles(
 @asynccontextmanager
 async def started_parts(recipe: Recipe, make: Parts, *, waits: Waits) -> AsyncIterator[Roles]:
     """The same from given parts: pools of the recipe's sizes around them."""
-    engine = RolloutPool(
-        make.rollout_spawner,
-        retries=WORKER_RETRIES,
-        deadline_s=recipe.alarms.worker_s,
-        start_deadline_s=START_DEADLINE_S,
-        waits=waits,
-    )
+    async with _background() as tasks:
+        engine, scorers = _pools(recipe, make, tasks, waits)
+        try:
+            async with asyncio.TaskGroup() as starting:
+                starting.create_task(engine.pool.start(recipe.rollout.workers))
+                for config in recipe.scorers:
+                    starting.create_task(scorers[config.name].pool.start(config.actors))
+                starting.create_task(
+                    waits.within(START_DEADLINE_S, "learner: starting", make.start_learner())
+                )
+            yield Roles(
+                engine=engine,
+                scorers={
+                    config.name: ScorerRole(
+                        scorer=scorers[config.name],
+                        stop_on_failure=config.on_failure == "stop",
+                        max_failure_rate=config.max_failure_rate,
+                        learning=scorers[config.name] if config.learns else None,
+                    )
+                    for config in recipe.scorers
+                },
+                learner=make.learner,
+                restartable=make.restartable,
+                scorer_pools=scorers,
+                batch_sizes={config.name: config.batch_size for config in recipe.scorers},
+                room=make.room,
+            )
+        finally:
+            await engine.pool.close()
+            for scorer in scorers.values():
+                await scorer.pool.close()
+            await make.close()
+
+
+def _pools(
+    recipe: Recipe, make: Parts, tasks: asyncio.TaskGroup, waits: Waits
+) -> tuple[RolloutPool, dict[str, ScorerPool]]:
+    """Without workers so far."""
+
+    def pool(role: str, spawner: Spawner[W], retries: int) -> ActorPool[W]:
+        return ActorPool(
+            role,
+            spawner,
+            tasks=tasks,
+            retries=retries,
+            # The service of a scorer holds the deadline of every call; this is for a lost service.
+            deadline_s=recipe.alarms.worker_s,
+            start_deadline_s=START_DEADLINE_S,
+            waits=waits,
+        )
+
     scorers = {
         config.name: ScorerPool(
             config.name,
-            ActorPool(
-                f"scorer {config.name}",
-                make.scorer_spawners[config.name],
-                retries=config.retries,
-                # The service holds the deadline of every call; this one is for a lost service.
-                deadline_s=recipe.alarms.worker_s,
-                start_deadline_s=START_DEADLINE_S,
-                waits=waits,
-            ),
+            pool(f"scorer {config.name}", make.scorer_spawners[config.name], config.retries),
         )
         for config in recipe.scorers
     }
-    try:
-        async with asyncio.TaskGroup() as starting:
-            starting.create_task(engine.pool.start(recipe.rollout.workers))
-            for config in recipe.scorers:
-                starting.create_task(scorers[config.name].pool.start(config.actors))
-            starting.create_task(
-                waits.within(START_DEADLINE_S, "learner: starting", make.start_learner())
-            )
-        yield Roles(
-            engine=engine,
-            scorers={
-                config.name: ScorerRole(
-                    scorer=scorers[config.name],
-                    stop_on_failure=config.on_failure == "stop",
-                    max_failure_rate=config.max_failure_rate,
-                    learning=scorers[config.name] if config.learns else None,
-                )
-                for config in recipe.scorers
-            },
-            learner=make.learner,
-            restartable=make.restartable,
-            scorer_pools=scorers,
-            batch_sizes={config.name: config.batch_size for config in recipe.scorers},
-        )
-    finally:
-        await engine.pool.close()
-        for scorer in scorers.values():
-            await scorer.pool.close()
-        await make.close()
+    return RolloutPool(pool("rollout worker", make.rollout_spawner, WORKER_RETRIES)), scorers
+
+
+@asynccontextmanager
+async def _background() -> AsyncIterator[asyncio.TaskGroup]:
+    """What goes on beside the block; an error of the block itself comes out as it is."""
+    own: Exception | None = None
+    async with asyncio.TaskGroup() as tasks:
+        try:
+            yield tasks
+        except Exception as error:  # not handled here: raised again behind the group
+            own = error
+    if own is not None:
+        raise own
 
 
 @asynccontextmanager
@@ -193,6 +224,7 @@ class Parts:
     start_learner: Callable[[], Any]
     restartable: Restartable | None = None
     close: Callable[[], Any]
+    room: Callable[[], Room] | None = None  # None: in this process, or not to be asked
 
 
 def _learner_arguments(recipe: Recipe) -> dict[str, Any]:
@@ -259,4 +291,5 @@ def _cluster_parts(recipe: Recipe) -> Parts:
         start_learner=lambda: learner.start(_learner_arguments(recipe)),
         restartable=learner,
         close=close,
+        room=handles.room,
     )

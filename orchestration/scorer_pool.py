@@ -60,12 +60,11 @@ class ScorerPool:
             self._pupil = worker
             return metrics
 
-        (metrics,) = await self.pool.each("learning", taught)
-        return metrics
+        return await self.pool.run("learning", taught)
 
     async def save(self, folder: Path) -> None:
         """Write what the scorer has learnt."""
-        await self.pool.each("saving", lambda worker: worker.save(folder))
+        await self.pool.run("saving", lambda worker: worker.save(folder))
 
     async def load(self, folder: Path) -> None:
         """Continue from what `save` wrote."""
@@ -74,7 +73,7 @@ class ScorerPool:
             await worker.load(folder)
             self._pupil = worker
 
-        await self.pool.each("loading", loaded)
+        await self.pool.run("loading", loaded)
 
     async def statistics(self) -> dict[str, float]:
         """The counters of all workers that answer, added up."""

@@ -47,12 +47,15 @@ class Training:
         self._held_out = HeldOut(roles, records, waits)
         self._learner = BoundedSaving(roles.learner, waits, self._recipe.alarms.stall_s)
         self._driver: Driver | None = None
+        # Of the learner that works: until another one has started, those of the one before.
+        self.num_ranks = roles.restartable.num_ranks if roles.restartable is not None else 1
+        self.ranks_setback: str | None = None  # why it does not have those it was asked to have
         self._new_ranks: int | None = None  # asked for, not in force yet
         self._losses: list[int] = []  # steps of the checkpoints that lost learners went back to
 
     def request_ranks(self, ranks: int) -> None:
         """Restart the learner with so many ranks when the step in progress is done and saved."""
-        self._new_ranks = ranks
+        self._new_ranks, self.ranks_setback = ranks, None
         if self._driver is not None:
             self._driver.request_stop()
 
@@ -109,7 +112,8 @@ class Training:
                 return
             except (LearnerLost, Transient) as error:
                 reason = str(error).partition("\n")[0]
-                self._display.message(f"the learner does not start with {wanted} ranks: {reason}")
+                self.ranks_setback = f"the learner does not start with {wanted} ranks: {reason}"
+                self._display.message(self.ranks_setback)
         self._display.phase("restarting the learner")
         await self._started(before)
 
@@ -118,6 +122,7 @@ class Training:
         await self._waits.within(
             START_DEADLINE_S, "learner: starting", self._roles.restartable.restart(ranks)
         )
+        self.num_ranks = ranks
 
     async def _load(self, *, is_first: bool) -> None:
         """Bring learner, engines and records to the last checkpoint, or to the beginning.

@@ -27,7 +27,7 @@ class Waits:
     """Every wait of the driver passes here, so that a stall can say who waits for whom."""
 
     def __init__(self, on_trouble: Callable[[str], None] = lambda text: None) -> None:
-        """`on_trouble` hears of every worker that was given up and replaced."""
+        """`on_trouble` hears of every worker that was given up, or cannot be started."""
         self.whereabouts: dict[str, Whereabouts] = {}  # by owner; absent: in this process
         self._on_trouble = on_trouble
         self._open: dict[int, Wait] = {}
@@ -81,7 +81,11 @@ class Waits:
         whereabouts = self.whereabouts.pop(owner, None)
         tail = whereabouts.tail() if whereabouts is not None else ()
         lines = [f"{owner} is replaced: {_first_line(cause)}", *tail]
-        self._on_trouble("\n".join(lines))
+        self.trouble("\n".join(lines))
+
+    def trouble(self, text: str) -> None:
+        """Something that people should see, though the run goes on."""
+        self._on_trouble(text)
 
     @contextmanager
     def _opened(

@@ -13,7 +13,7 @@ import numpy as np
 
 from grpo.engines import PolicyLearner, RolloutEngine
 from grpo.errors import WeightMismatch
-from grpo.types import Origin, Rollout, SampleRequest, TrainRow, WeightRef
+from grpo.types import LoadReport, Origin, Rollout, SampleRequest, TrainRow, WeightRef
 from orchestration.waits import waiting_for
 
 
@@ -34,15 +34,20 @@ async def sync_weights(learner: PolicyLearner, engine: RolloutEngine, version: i
         f"rollout workers: loading version {version}", engine.load_weights(ref)
     )
     loaded = time.monotonic()
+    require_same_weights(report, ref)
+    timings = {"publish": published - started, "load": loaded - published}
+    timings |= {f"load/{phase}": seconds for phase, seconds in report.timings_s.items()}
+    return SyncReport(ref=ref, timings_s=timings)
+
+
+def require_same_weights(report: LoadReport, ref: WeightRef) -> None:
+    """What an engine has loaded is what the learner has published."""
     if (report.version, report.checksum) != (ref.version, ref.checksum):
         raise WeightMismatch(
             f"the rollout engine reports version {report.version} with checksum "
             f"{report.checksum:016x}, the learner published version {ref.version} with checksum "
             f"{ref.checksum:016x}: the weights were damaged on the way"
         )
-    timings = {"publish": published - started, "load": loaded - published}
-    timings |= {f"load/{phase}": seconds for phase, seconds in report.timings_s.items()}
-    return SyncReport(ref=ref, timings_s=timings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,8 @@ def _show(found: Diagnosis) -> None:
     say(f"{found.run}: {found.state}, step {found.step} of {found.planned_steps}")
     if found.last_line_s is not None:
         say(f"last record written {found.last_line_s:.0f} s ago")
+    if found.pools is not None:
+        say(f"workers: {found.pools}")
     for text in found.waits:
         say(f"  {text}")
     if found.closest is not None:

@@ -11,10 +11,9 @@ import ray
 
 from grpo.types import Score
 from orchestration.handles import RayScorerSpawner
-from orchestration.pool import ActorPool
 from orchestration.scorer_pool import ScorerPool
-from orchestration.waits import Waits
 from reward_services.config import ScorerConfig
+from tests.unit.pool_setting import started_pool
 from tests.unit.scored_groups import whole, written_group
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -48,22 +47,18 @@ def cluster() -> Iterator[None]:
 
 async def _scored(config: ScorerConfig, texts: list[str]) -> tuple[list[Score], int]:
     """Scores of a group for each text from a pool of actors, and how many actors were lost."""
-    pool = ActorPool(
-        f"scorer {config.name}",
+    async with started_pool(
         RayScorerSpawner(config),
+        config.actors,
+        role=f"scorer {config.name}",
         retries=config.retries,
         deadline_s=120,
         start_deadline_s=120,
-        waits=Waits(),
-    )
-    await pool.start(config.actors)
-    scorer = ScorerPool(config.name, pool)
-    groups = [written_group([text], group=i) for i, text in enumerate(texts)]
-    try:
+    ) as pool:
+        scorer = ScorerPool(config.name, pool)
+        groups = [written_group([text], group=i) for i, text in enumerate(texts)]
         scores = await asyncio.gather(*[scorer.score(g, whole(g)) for g in groups])
         return [score for part in scores for score in part], pool.num_replaced
-    finally:
-        await pool.close()
 
 
 def scored(path: Path, source: str, texts: list[str]) -> tuple[list[Score], int]:

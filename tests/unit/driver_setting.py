@@ -11,8 +11,8 @@ from grpo.pipeline import Pipeline
 from grpo.types import Sampling
 from orchestration.driver import Driver
 from orchestration.group_task import GroupRecipe, ScorerRole
-from orchestration.pool import RolloutPool
 from orchestration.progress import Progress, Schedule
+from orchestration.rollout_pool import RolloutPool
 from orchestration.waits import Waits
 from tests.fakes import FakeEngine, FakeJournal, FakeLearner, FakeScorer, FakeTokenizer, a_prompt
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,12 @@ from grpo.errors import Fatal, WorkerLost
 from grpo.pipeline import Measured, RewardedGroup, Stage
 from grpo.types import Float64, Group, Prompt, Span, TrainRow
 from orchestration.measuring import measure_requests
-from orchestration.pool import ActorPool
 from orchestration.scorer_pool import ScorerPool, ScorerWorker, scorer_metrics
 from orchestration.stage import WaitingRows, stage_batch
-from orchestration.waits import Waits
 from tests.fakes import FakeScorer
 from tests.unit.driver_setting import Setting, a_pipeline, a_schedule, root
 from tests.unit.grpo_groups import random_groups, rollout, scored
+from tests.unit.pool_setting import started_pool
 
 
 def measured_reward(group: Group, state: object) -> Float64:
@@ -315,12 +315,10 @@ class Fleet:
         pass
 
 
-async def a_scorer_pool(fleet: Fleet, size: int = 1) -> ScorerPool:
-    pool: ActorPool[ScorerWorker] = ActorPool(
-        "scorer answer", fleet, retries=2, deadline_s=5.0, start_deadline_s=5.0, waits=Waits()
-    )
-    await pool.start(size)
-    return ScorerPool("answer", pool)
+@asynccontextmanager
+async def a_scorer_pool(fleet: Fleet, size: int = 1) -> AsyncIterator[ScorerPool]:
+    async with started_pool(fleet, size, role="scorer answer") as pool:
+        yield ScorerPool("answer", pool)
 
 
 class Mortal(FakeScorer):
@@ -341,11 +339,11 @@ GROUP = scored([rollout(0, 1)])
 def test_what_a_scorer_has_learnt_is_never_lost_without_a_word() -> None:
     async def scenario() -> None:
         worker = Mortal(learns=True)
-        pool = await a_scorer_pool(Fleet(worker))
-        await pool.learn([GROUP])
-        worker.is_lost = True
-        with pytest.raises(Fatal, match="lost together with what it had learnt"):
-            await pool.score(GROUP, SPANS)
+        async with a_scorer_pool(Fleet(worker)) as pool:
+            await pool.learn([GROUP])
+            worker.is_lost = True
+            with pytest.raises(Fatal, match="lost together with what it had learnt"):
+                await pool.score(GROUP, SPANS)
 
     asyncio.run(scenario())
 
@@ -354,19 +352,19 @@ def test_a_scorer_that_is_lost_before_it_has_learnt_is_replaced() -> None:
     async def scenario() -> None:
         worker = Mortal(learns=True)
         worker.is_lost = True
-        pool = await a_scorer_pool(Fleet(worker))
-        assert [score.failure for score in await pool.score(GROUP, SPANS)] == [None]
+        async with a_scorer_pool(Fleet(worker)) as pool:
+            assert [score.failure for score in await pool.score(GROUP, SPANS)] == [None]
 
     asyncio.run(scenario())
 
 
 def test_what_was_learnt_is_saved_and_loaded(tmp_path: Path) -> None:
     async def scenario() -> None:
-        old, fleet = await a_scorer_pool(Fleet()), Fleet()
-        await old.learn([GROUP])
-        await old.save(tmp_path)
-        new = await a_scorer_pool(fleet)
-        await new.load(tmp_path)
+        fleet = Fleet()
+        async with a_scorer_pool(Fleet()) as old, a_scorer_pool(fleet) as new:
+            await old.learn([GROUP])
+            await old.save(tmp_path)
+            await new.load(tmp_path)
         assert fleet.made[0].learnt == [GROUP.id]  # type: ignore[attr-defined]
 
     asyncio.run(scenario())
@@ -388,7 +386,8 @@ def test_counters_of_all_actors_add_up_and_a_lost_one_is_left_out() -> None:
             raise WorkerLost("gone")
 
     async def counters() -> dict[str, float]:
-        return await (await a_scorer_pool(Fleet(Counting(), Lost(), Counting()), 3)).statistics()
+        async with a_scorer_pool(Fleet(Counting(), Lost(), Counting()), 3) as pool:
+            return await pool.statistics()
 
     assert scorer_metrics("answer", asyncio.run(counters()), batch_size=8) == {
         "scorers/answer/num_failures": 4.0,

@@ -12,12 +12,12 @@ import pytest
 from grpo.engines import RolloutEngine
 from grpo.errors import DeadlineExceeded, Stalled
 from grpo.types import Group, Rollout, SampleRequest, Score, Span, StepReport, TrainBatch, WeightRef
-from orchestration.pool import ActorPool, RolloutPool
 from orchestration.scorer_pool import ScorerPool, ScorerWorker
 from orchestration.waiting import Whereabouts
 from orchestration.waits import Waits, note_whereabouts, waiting_for
 from tests.fakes import FakeEngine, FakeLearner, FakeScorer
 from tests.unit.driver_setting import Setting, a_schedule, root
+from tests.unit.pool_setting import started_engines, started_pool
 
 NEVER = 30.0  # longer than the test may take
 SOON = 0.3
@@ -62,12 +62,6 @@ class ScorerSpawner:
     async def discard(self, worker: ScorerWorker) -> None: ...
 
 
-def a_pool(spawner: Spawner, waits: Waits, *, deadline_s: float) -> RolloutPool:
-    return RolloutPool(
-        spawner, retries=2, deadline_s=deadline_s, start_deadline_s=NEVER, waits=waits
-    )
-
-
 def failure_of(scenario: object) -> BaseException:
     with pytest.raises(BaseException) as raised:  # the caller looks at the root
         asyncio.run(scenario)  # type: ignore[arg-type]  # a coroutine
@@ -82,10 +76,10 @@ def test_a_rollout_worker_that_never_answers_is_named_before_those_who_wait_for_
 
     async def scenario() -> None:
         waits = Waits()
-        pool = a_pool(Spawner([FakeEngine(), HangingEngine()], log), waits, deadline_s=NEVER)
-        await pool.pool.start(2)
+        spawner = Spawner([FakeEngine(), HangingEngine()], log)
         schedule = a_schedule(take_deadline_s=SOON)
-        await Setting(schedule, pool=pool, waits=waits).driver.run()
+        async with started_engines(spawner, 2, waits=waits, deadline_s=NEVER) as pool:
+            await Setting(schedule, pool=pool, waits=waits).driver.run()
 
     error = failure_of(scenario())
     assert isinstance(error, Stalled)
@@ -104,10 +98,9 @@ def test_a_worker_that_passes_its_deadline_is_replaced_and_named_and_the_run_fin
     async def scenario() -> bool:
         waits = Waits(on_trouble=told.append)
         spawner = Spawner([HangingEngine()])
-        pool = a_pool(spawner, waits, deadline_s=SOON)
-        await pool.pool.start(1)
-        finished = await Setting(a_schedule(steps=1), pool=pool, waits=waits).driver.run()
-        return finished and spawner.num_discarded == 1
+        async with started_engines(spawner, 1, waits=waits, deadline_s=SOON) as pool:
+            finished = await Setting(a_schedule(steps=1), pool=pool, waits=waits).driver.run()
+            return finished and spawner.num_discarded == 1
 
     assert asyncio.run(scenario())
     assert len(told) == 1  # though three groups waited for it
@@ -117,23 +110,17 @@ def test_a_worker_that_passes_its_deadline_is_replaced_and_named_and_the_run_fin
 def test_a_scorer_that_never_answers_is_named() -> None:
     async def scenario() -> None:
         waits = Waits()
-        actors = ActorPool(
-            "scorer steps",
-            ScorerSpawner(),
-            retries=0,
-            deadline_s=NEVER,
-            start_deadline_s=NEVER,
-            waits=waits,
-        )
-        await actors.start(1)
-        pool = ScorerPool("steps", actors)
+        async with started_pool(
+            ScorerSpawner(), 1, role="scorer steps", retries=0, deadline_s=NEVER, waits=waits
+        ) as actors:
+            pool = ScorerPool("steps", actors)
 
-        class Pooled(FakeScorer):
-            async def score(self, group: Group, spans: Sequence[Span]) -> list[Score]:
-                return await pool.score(group, spans)
+            class Pooled(FakeScorer):
+                async def score(self, group: Group, spans: Sequence[Span]) -> list[Score]:
+                    return await pool.score(group, spans)
 
-        schedule = a_schedule(take_deadline_s=SOON)
-        await Setting(schedule, scorer=Pooled(), waits=waits).driver.run()
+            schedule = a_schedule(take_deadline_s=SOON)
+            await Setting(schedule, scorer=Pooled(), waits=waits).driver.run()
 
     first = str(failure_of(scenario())).splitlines()[0]
     assert first.startswith("scorer steps 0 has not answered")
