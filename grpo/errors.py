@@ -44,10 +44,10 @@ class Fatal(CoveyError):
     """A bug or a lost learner: end the run with this cause in plain words."""
 
 
-class LearnerLost(Fatal):
-    """A rank of the learner is gone, and with it what was trained since the last checkpoint."""
+class StateLost(Fatal):
+    """An actor is gone, and with it what it had learnt since the last checkpoint."""
 
-    rank: int | None = None  # pickled with the rest
+    owner: str | None = None  # as in the names of its waits; pickled with the rest
 
 
 class NonFinite(Fatal):

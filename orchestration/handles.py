@@ -21,7 +21,7 @@ import ray.exceptions
 from ray.actor import ActorHandle
 
 from grpo.engines import RolloutEngine
-from grpo.errors import CoveyError, Fatal, LearnerLost, Transient, UserError, WorkerLost
+from grpo.errors import CoveyError, Fatal, StateLost, Transient, UserError, WorkerLost
 from grpo.types import (
     Float32,
     Group,
@@ -366,8 +366,8 @@ class RayLearner:
             if lost is None:
                 raise
             rank, reason = lost
-            told = LearnerLost(f"the learner is lost: {reason}")
-            told.rank = rank
+            told = StateLost(f"the learner is lost: {reason}")
+            told.owner = _rank(rank)
             raise told from error
         finally:
             for task in tasks:

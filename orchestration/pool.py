@@ -197,6 +197,12 @@ class ActorPool(Generic[W]):
             await self._until_some_serve()
         return results
 
+    def replace(self, worker: W, cause: Transient) -> None:
+        """Start a fresh one in the place of this worker, if it still serves."""
+        for place in self._places:
+            if place.worker is worker and place.serves:
+                self._give_up(place, cause)
+
     def resize(self, size: int) -> None:
         """Start or dismiss workers in the background; the last wish counts."""
         assert size >= 1, "a pool without workers answers nobody"
@@ -234,8 +240,7 @@ class ActorPool(Generic[W]):
                 name = f"{place.name}: {what}"
                 return await self._waits.within(self._deadline_s, name, call(worker))
         except Transient as error:
-            if place.worker is worker and place.serves:  # else somebody already did
-                self._give_up(place, error)
+            self.replace(worker, error)  # unless somebody already did
             raise
 
     def _give_up(self, place: _Place[W], cause: Transient) -> None:

@@ -150,8 +150,8 @@ class AlarmConfig(Schema):
     learner_losses: int = Field(
         3,
         ge=0,
-        description="times that a lost learner is started again from the last checkpoint, without "
-        "a new one between them, before the run stops; 0: the first loss ends it",
+        description="times that a lost learner (or a lost scorer that learns) is started again "
+        "from the last checkpoint, without a new one between them, before the run stops; 0: never",
     )
     worker_s: float = Field(
         600.0, gt=0, description="a worker that takes longer for one call is replaced"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from grpo.engines import LearningScorer, Scorer
-from grpo.errors import Fatal, Transient
+from grpo.errors import StateLost, Transient, WorkerLost
 from grpo.types import Group, Score, Span
 from orchestration.pool import ActorPool, Exhausted
 
@@ -64,7 +64,12 @@ class ScorerPool:
 
     async def save(self, folder: Path) -> None:
         """Write what the scorer has learnt."""
-        await self.pool.run("saving", lambda worker: worker.save(folder))
+
+        async def saved(worker: ScorerWorker) -> None:
+            self._require_pupil(worker)
+            await worker.save(folder)
+
+        await self.pool.run("saving", saved)
 
     async def load(self, folder: Path) -> None:
         """Continue from what `save` wrote."""
@@ -75,6 +80,12 @@ class ScorerPool:
 
         await self.pool.run("loading", loaded)
 
+    def forget(self) -> None:
+        """Begin anew, with a worker that has learnt nothing."""
+        if self._pupil is not None:
+            self.pool.replace(self._pupil, WorkerLost("it forgets what it has learnt"))
+            self._pupil = None
+
     async def statistics(self) -> dict[str, float]:
         """The counters of all workers that answer, added up."""
         total: Counter[str] = Counter()
@@ -84,10 +95,9 @@ class ScorerPool:
 
     def _require_pupil(self, worker: ScorerWorker) -> None:
         if self._pupil is not None and worker is not self._pupil:
-            raise Fatal(
-                f"scorer {self._name} was lost together with what it had learnt; "
-                "resume the run from its last checkpoint"
-            )
+            lost = StateLost(f"scorer {self._name} is lost together with what it had learnt")
+            lost.owner = f"scorer {self._name}"
+            raise lost
 
 
 def scorer_metrics(

@@ -2,7 +2,8 @@
 
 The learner may be lost (a rank is killed, a node disappears) or be asked to change its number of
 ranks. Both end the driver and leave the pools up: the learner alone starts again from the last
-checkpoint, what was written down after it is taken back, and a new driver goes on from there.
+checkpoint, what was written down after it is taken back, and a new driver goes on from there. The
+same happens when a scorer is lost that learns.
 Refuses to know how the roles are started and what a run leaves behind at its end.
 """
 
@@ -12,9 +13,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 from grpo.engines import Checkpointed
-from grpo.errors import CoveyError, Fatal, LearnerLost, Transient, leaves
+from grpo.errors import CoveyError, Fatal, StateLost, Transient, leaves
 from orchestration.batch_files import drop_earlier
-from orchestration.checkpoint import DriverState, latest_checkpoint, load_checkpoint
+from orchestration.checkpoint import DriverState, checkpoint_folder, load_checkpoint
 from orchestration.driver import Driver
 from orchestration.evaluation import EvalReport
 from orchestration.group_task import GroupRecipe
@@ -51,7 +52,11 @@ class Training:
         self.num_ranks = roles.restartable.num_ranks if roles.restartable is not None else 1
         self.ranks_setback: str | None = None  # why it does not have those it was asked to have
         self._new_ranks: int | None = None  # asked for, not in force yet
-        self._losses: list[int] = []  # steps of the checkpoints that lost learners went back to
+        resume = self._inputs.resume
+        # The checkpoint to go on from; None: the beginning. Not simply the newest in the folder,
+        # which may be one of a part of the run that was abandoned by resuming before it.
+        self._start = None if resume is None else resume.checkpoint
+        self._losses: list[int] = []  # steps of the checkpoints that were gone back to
 
     def request_ranks(self, ranks: int) -> None:
         """Restart the learner with so many ranks when the step in progress is done and saved."""
@@ -62,38 +67,36 @@ class Training:
     async def run(self) -> bool:
         """Train; True if the schedule is complete, False if a stop was requested before."""
         await self._held_out.before()
-        is_first = True
+        is_again = False
         while True:
             try:
-                if not is_first:
+                if is_again:
                     await self._restart_learner()
-                await self._load(is_first=is_first)
+                if is_again or self._start is not None:
+                    await self._load(is_again=is_again)
                 complete = await self._train()
                 if complete or self._stops.was_asked:
                     return complete
-            except (LearnerLost, ExceptionGroup) as error:
-                lost = next((leaf for leaf in leaves(error) if isinstance(leaf, LearnerLost)), None)
-                if lost is None or self._stops.was_asked:
-                    raise
-                self._count_loss(lost)
-            is_first = False
+            except (StateLost, ExceptionGroup) as error:
+                self._count_loss(error)
+            is_again = True
 
-    def _count_loss(self, lost: LearnerLost) -> None:
-        """Say that the learner is lost; Fatal if that led nowhere too often."""
-        if self._roles.restartable is None:
-            raise lost
-        checkpoint = latest_checkpoint(self._records.path)
-        step = 0 if checkpoint is None else int(checkpoint.name.rpartition("_")[2])
+    def _count_loss(self, error: Exception) -> None:
+        """Say what is lost; raises what cannot be mended, or led nowhere too often."""
+        lost = next((leaf for leaf in leaves(error) if isinstance(leaf, StateLost)), None)
+        if lost is None or self._stops.was_asked or self._roles.restartable is None:
+            raise error
+        step = 0 if self._start is None else int(self._start.name.rpartition("_")[2])
         self._losses = [earlier for earlier in self._losses if earlier == step] + [step]
-        self._records.replaced["learner"] = self._records.replaced.get("learner", 0) + 1
         most = self._recipe.alarms.learner_losses
         if len(self._losses) > most:
             raise Fatal(
-                f"{lost}\nthat was loss {len(self._losses)} of the learner without a new "
-                f"checkpoint between them; alarms.learner_losses allows {most}. Resume the run "
-                "when the cause is mended"
-            ) from lost
-        self._waits.replacing(f"learner rank {lost.rank}", lost)
+                f"{lost}\nthat was loss {len(self._losses)} without a new checkpoint between them; "
+                f"alarms.learner_losses allows {most}. Resume the run when the cause is mended"
+            ) from error
+        if lost.owner is not None:
+            self._waits.replacing(lost.owner, lost)
+        self._records.replaced["learner"] = self._records.replaced.get("learner", 0) + 1
         self._display.message(
             f"the learner starts again and goes on from step {step} (loss {len(self._losses)} "
             f"since that checkpoint, of {most} allowed); rollout workers and scorers stay"
@@ -110,7 +113,7 @@ class Training:
             try:
                 await self._started(wanted)
                 return
-            except (LearnerLost, Transient) as error:
+            except (StateLost, Transient) as error:
                 reason = str(error).partition("\n")[0]
                 self.ranks_setback = f"the learner does not start with {wanted} ranks: {reason}"
                 self._display.message(self.ranks_setback)
@@ -124,24 +127,17 @@ class Training:
         )
         self.num_ranks = ranks
 
-    async def _load(self, *, is_first: bool) -> None:
-        """Bring learner, engines and records to the last checkpoint, or to the beginning.
-
-        The first time that is where the run was resumed; without that all of them are there.
-        """
-        resume = self._inputs.resume
-        if is_first:
-            folder = None if resume is None else resume.checkpoint
-        else:
-            folder = latest_checkpoint(self._records.path)
-        if folder is None and is_first:
-            return
+    async def _load(self, *, is_again: bool) -> None:
+        """Bring learner, scorers, engines and records to the checkpoint, or to the beginning."""
         rows = WaitingRows()
         state: DriverState | None = None
-        if folder is not None:
-            self._display.phase(f"loading checkpoint of {folder.name.replace('_', ' ')}")
-            state = await load_checkpoint(folder, self._learner, self._others(rows))
-        if not is_first:
+        if self._start is not None:
+            self._display.phase(f"loading checkpoint of {self._start.name.replace('_', ' ')}")
+            state = await load_checkpoint(self._start, self._learner, self._others(rows))
+        else:
+            for scorer in self._roles.scorer_pools.values():
+                scorer.forget()
+        if is_again:
             self._records.turn_back(state)
         progress = replace(self._records.progress, stage_rows=rows.rows)
         self._records.progress = progress
@@ -167,6 +163,7 @@ class Training:
         return complete
 
     def _saved(self, report: CheckpointReport) -> None:
+        self._start = checkpoint_folder(self._records.path, report.step)
         # Under the last step that was logged: trackers take no older one.
         self._records.telemetry.log(self._records.journal.step, report.metrics())
         start = oldest_start(self._records.path, keep=self._recipe.checkpoint.keep)
@@ -238,7 +235,7 @@ class Training:
 
     async def _rescue(self, saver: CheckpointSaver, error: BaseException) -> None:
         """Something else than the learner failed: keep what it has learnt, if it still answers."""
-        if any(isinstance(leaf, LearnerLost) for leaf in leaves(error)):
+        if any(isinstance(leaf, StateLost) for leaf in leaves(error)):
             return
         progress = self._records.progress
         if progress.step > saver.step:

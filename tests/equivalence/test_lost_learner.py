@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.errors import Fatal, LearnerLost
+from grpo.errors import Fatal, StateLost
 from grpo.types import Float32, MeasureRequest, StepReport, TrainBatch, TrainRow, WeightRef
 from orchestration.checkpoint import latest_checkpoint, read_driver_state
 from orchestration.config import Recipe
@@ -54,7 +54,7 @@ class LossyLearner:
         self.starts.append(num_ranks)
         self._is_lost = False
         if num_ranks > 2:
-            raise LearnerLost("the learner is lost: no room")
+            raise StateLost("the learner is lost: no room")
         self.num_ranks = num_ranks
         self._inner = fresh = local_learner(self._recipe, asyncio.Lock())
         await fresh.start()
@@ -88,7 +88,7 @@ class LossyLearner:
         self._calls[method] += 1
         self._is_lost |= (method, self._calls[method]) in self._losses
         if self._is_lost:
-            raise LearnerLost("the learner is lost: killed by the test")
+            raise StateLost("the learner is lost: killed by the test")
         return result
 
 
@@ -190,7 +190,7 @@ def test_a_run_that_loses_its_learner_ends_as_one_that_does_not(
 
 
 def test_a_learner_that_is_lost_again_and_again_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(Fatal, match=r"loss 4 of the learner without a new\s+checkpoint"):
+    with pytest.raises(Fatal, match=r"loss 4 without a new\s+checkpoint"):
         trained(tmp_path, losses=[("train", call) for call in range(3, 30)])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from grpo.batch import plain_rows
-from grpo.errors import Fatal, WorkerLost
+from grpo.errors import Fatal, StateLost, WorkerLost
 from grpo.pipeline import Measured, RewardedGroup, Stage
 from grpo.types import Float64, Group, Prompt, Span, TrainRow
 from orchestration.measuring import measure_requests
@@ -342,8 +342,34 @@ def test_what_a_scorer_has_learnt_is_never_lost_without_a_word() -> None:
         async with a_scorer_pool(Fleet(worker)) as pool:
             await pool.learn([GROUP])
             worker.is_lost = True
-            with pytest.raises(Fatal, match="lost together with what it had learnt"):
+            with pytest.raises(StateLost, match="lost together with what it had learnt"):
                 await pool.score(GROUP, SPANS)
+
+    asyncio.run(scenario())
+
+
+def test_a_fresh_scorer_is_not_saved_in_the_place_of_one_that_had_learnt(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        worker = Mortal(learns=True)
+        async with a_scorer_pool(Fleet(worker)) as pool:
+            await pool.learn([GROUP])
+            pool.pool.replace(worker, WorkerLost("gone"))
+            with pytest.raises(StateLost) as caught:
+                await pool.save(tmp_path)
+            assert caught.value.owner == "scorer answer"
+
+    asyncio.run(scenario())
+
+
+def test_a_scorer_that_forgets_goes_on_with_a_worker_that_has_learnt_nothing() -> None:
+    async def scenario() -> None:
+        fleet = Fleet(Mortal(learns=True))
+        async with a_scorer_pool(fleet) as pool:
+            pool.forget()  # there is nothing yet
+            await pool.learn([GROUP])
+            pool.forget()
+            await pool.score(GROUP, SPANS)
+            assert pool.pool.workers == fleet.made[1:]
 
     asyncio.run(scenario())
 
