@@ -16,12 +16,13 @@ import yaml
 from grpo.errors import Fatal, Stalled, UserError
 from grpo.types import Rollout, SampleRequest, WeightRef
 from orchestration.cli import main
+from orchestration.driver import TrainedStep
 from orchestration.recipe import Recipe
 from orchestration.simulation.clock import SimulatedLoop
 from orchestration.simulation.engine import STOP, SimulatedEngine, random_tokens
 from orchestration.simulation.measured import measured
 from orchestration.simulation.report import SimulationReport, advice
-from orchestration.simulation.run import Ledger, simulated
+from orchestration.simulation.run import Ledger, _Simulation, simulated
 from orchestration.simulation.services import ServiceCpu, long_tailed_lengths, services
 from tests.unit.small_project import written_project
 
@@ -122,6 +123,44 @@ def test_groups_are_never_staler_than_the_bound(bound: int) -> None:
     found = report_of(a_recipe(UNEVEN, max_staleness=bound, steps=40))
     assert found.staleness_max <= bound
     assert (found.staleness_mean > 0) == (bound > 0)
+
+
+class TrainedLengths(_Simulation):
+    """Remembers the groups of every step: id and tokens."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe, services(recipe), lambda step, now_s: None)
+        self.steps: list[list[tuple[int, int]]] = []
+
+    def trained(self, step: TrainedStep) -> None:
+        groups = [done.group for done in step.groups]
+        self.steps.append([(g.id, sum(r.num_tokens for r in g.rollouts)) for g in groups])
+        super().trained(step)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_no_step_prefers_short_answers(window: int) -> None:
+    """A straggler is passed by window - 1 groups, so steps train on a prefix of the admitted ones.
+
+    By the 80th step as by the 40th, the lengths trained on are those of the groups admitted first.
+    """
+    count, steps = 4, 80
+    spread = {**UNEVEN, "spread": 1.5}
+    recipe = a_recipe(
+        spread, max_staleness=2, window=window, num_prompts_per_step=count, steps=steps
+    )
+    run = TrainedLengths(recipe)
+    with asyncio.Runner(loop_factory=SimulatedLoop) as runner:
+        runner.run(run.run())
+    tokens = {group: size for step in run.steps for group, size in step}
+    assert sorted(tokens) != [group for step in run.steps for group, _ in step] or window == 1
+    for done in range(1, steps + 1):
+        trained = {group for step in run.steps[:done] for group, _ in step}
+        assert len(set(range(done * count)) - trained) <= window - 1
+    half = [size for step in run.steps[: steps // 2] for _, size in step]
+    first = [tokens[group] for group in range(len(half))]
+    assert np.mean(half) == pytest.approx(np.mean(first), rel=0.02)
+    assert np.percentile(half, [50, 90]) == pytest.approx(np.percentile(first, [50, 90]), rel=0.05)
 
 
 def test_the_same_seed_gives_the_same_report_and_another_one_does_not() -> None:
