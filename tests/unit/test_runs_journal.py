@@ -11,12 +11,18 @@ from pathlib import Path
 import pytest
 
 from grpo.types import Prompt
+from orchestration.data_metrics import DataMetrics
 from orchestration.display import Display
 from orchestration.journal import RunJournal
+from orchestration.prompt_order import PromptOrder
+from orchestration.prompts import PromptSet
 from orchestration.run_directory import RunDirectory
 from orchestration.telemetry import PhaseClock, Telemetry
-from tests.fakes import FakeScorer
+from tests.fakes import FakeScorer, a_prompt
 from tests.unit.driver_setting import Setting, a_pipeline, a_schedule
+
+# Those that the driver's setting gives out.
+PROMPTS = PromptSet(name="numbers", prompts=tuple(a_prompt(number) for number in range(20)))
 
 
 def skip_odd(prompt: Prompt, state: object) -> str | None:
@@ -41,6 +47,7 @@ def journal(tmp_path: Path) -> RunJournal:
             display=display,
             clock=PhaseClock(),
             pipeline=pipeline,
+            data=DataMetrics(PromptOrder([PROMPTS], seed=0, shuffle=False)),
             total_steps=2,
         )
         setting.driver._journal = written
@@ -64,6 +71,8 @@ def test_skipped_prompts_are_counted_apart_from_dropped_groups(
     assert sum(step.get("skipped/odd", 0) for step in metrics) >= 6
     assert all("dropped/odd" not in step for step in metrics)
     assert metrics[0]["scorers/answer/hit_rate"] == 0.25
+    assert [step["data/numbers/epoch"] for step in metrics] == [0.35, 0.65]  # groups 6 and 12
+    assert all("domain/default/groups" not in step for step in metrics)  # there is but one
 
 
 def test_a_group_that_is_trained_on_again_has_a_record_of_its_own(
