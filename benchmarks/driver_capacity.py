@@ -53,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     capacity = [_capacity(workers, options.groups) for workers in options.workers]
     record_us, record_bytes = _record_cost()
-    print(f"\ngroups.jsonl: {record_us:.0f} us and {record_bytes / 1024:.1f} KiB a rollout")
+    print(
+        f"\ngroups.jsonl: {record_us:.0f} us and {record_bytes / 1024:.1f} KiB a rollout, "
+        f"{record_bytes / TOKENS:.1f} bytes a token"
+    )
     for workers, us in zip(options.workers, capacity, strict=True):
         print(f"  with it, {workers} workers: {1e6 / (us + record_us):,.0f} rollouts/s")
     _print_efficiency()

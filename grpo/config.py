@@ -70,6 +70,11 @@ class AlgorithmConfig(Schema):
         "this, and sample others instead (arXiv:2404.14367); null: off",
     )
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains of the data that the settings name; an algorithm whose settings do says which."""
+        return ()
+
     @field_validator("kl_estimator", mode="before")
     @classmethod
     def _is_a_loss(cls, value: object) -> object:

@@ -7,6 +7,7 @@ target; one with a dot is accepted where it is written so.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 TARGETS: Mapping[str, str] = {
     # OpenRLHF
@@ -67,6 +68,30 @@ TARGETS: Mapping[str, str] = {
 PAIRS: Mapping[str, tuple[str, str]] = {
     "eps_clip_low_high": ("algorithm.epsilon", "algorithm.epsilon_high"),
 }
+
+
+def with_listed_sets(data: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any], bool]:
+    """OpenRLHF's `prompt_data: a.jsonl,b.jsonl` and `prompt_data_probs: 0.3,0.7` as lists of sets.
+
+    Whether there were probabilities is the second value: they are weights here.
+    """
+    found = dict(data)
+    for key in ("prompt_data", "eval_dataset"):
+        if isinstance(found.get(key), str) and "," in found[key]:
+            found[key] = [{"source": part.strip()} for part in found[key].split(",")]
+    if (probs := found.pop("prompt_data_probs", None)) is None:
+        return found, False
+    sets = found.get("prompt_data")
+    parts = str(probs).split(",")
+    if not isinstance(sets, list) or len(sets) != len(parts):
+        problems.append(
+            f"prompt_data_probs: found {probs!r}; expected one number for each source of "
+            "prompt_data, with commas between them"
+        )
+        return found, False
+    # Text that is no number is told at the set's weight.
+    found["prompt_data"] = [{**s, "weight": p} for s, p in zip(sets, parts, strict=True)]
+    return found, True
 
 
 def targets_of(path: str) -> tuple[str, ...]:

@@ -20,16 +20,16 @@ import numpy as np
 from grpo.algorithms.user_file import is_file_name
 from grpo.errors import CoveyError, UserError
 from grpo.types import FinishReason, Group, Int32, Origin, Prompt, Rollout, Score, Span
+from orchestration.check_data import data_checks, require_domains
 from orchestration.check_model import model_facts, vocabulary_fits
 from orchestration.config import Recipe
 from orchestration.placement import shortage, total
-from orchestration.prompts import PromptSet, PromptTokenizer, load_prompts
+from orchestration.prompts import PromptSet
 from orchestration.roles import local_recipe
 from orchestration.versions import software_versions
 from reward_services.config import ScorerConfig
 from reward_services.model_config import ImplicitRewardConfig
 from reward_services.preference.config import PreferenceConfig
-from reward_services.rules import built_rule
 from reward_services.service import ScorerService
 from rollout_workers.tokenization import Tokenization
 
@@ -61,9 +61,9 @@ def checked(recipe: Recipe, *, local: bool = False) -> Iterator[Finding]:
     tokenizers: list[Tokenization] = []
     if Path(recipe.model).is_dir() or model[0].ok:  # else the hub would be asked again, in vain
         yield from _tried("tokenizer", lambda: _tokenizer(recipe.model, tokenizers))
-    sets: list[PromptSet] = []
-    for setting in ("train", "evaluation"):
-        yield from _data(recipe, setting, tokenizers, sets)
+    sets: list[PromptSet] = []  # those of data.train that can be read
+    for setting, read in data_checks(recipe, tokenizers[0] if tokenizers else None, sets):
+        yield from _tried(setting, read)
     yield from _tried("algorithm", lambda: _algorithm(recipe, sets))
     for scorer in recipe.scorers:
         if scorer.preference is not None:
@@ -135,82 +135,12 @@ def _tokenizer(model: str, tokenizers: list[Tokenization]) -> str:
     return f"ends answers with token {', '.join(map(str, tokenizer.stop_ids))}"
 
 
-class _NoTokenizer:
-    """Stands in where the model's own cannot be loaded, so that lines are checked all the same."""
-
-    def encode_prompt(self, prompt: object) -> Int32:
-        return np.zeros(1, np.int32)
-
-    def encode_text(self, text: str) -> Int32:
-        return np.zeros(0, np.int32)
-
-
-def _data(
-    recipe: Recipe, setting: str, tokenizers: Sequence[Tokenization], sets: list[PromptSet]
-) -> Iterator[Finding]:
-    data = recipe.data
-    source, split = data.train, data.split
-    if setting == "evaluation":
-        if data.evaluation is None:
-            return
-        source, split = data.evaluation, data.evaluation_split
-    tokenizer: PromptTokenizer = tokenizers[0] if tokenizers else _NoTokenizer()
-
-    def check() -> str:
-        loaded = load_prompts(
-            source,
-            data,
-            tokenizer,
-            max_prompt_length=recipe.sampling.max_prompt_length,
-            split=split,
-        )
-        seen = {prompt.text for earlier in sets for prompt in earlier.prompts}
-        sets.append(loaded)
-        return _data_facts(loaded, seen, bool(tokenizers)) + _references(recipe, loaded)
-
-    yield from _tried(f"data.{setting}", check)
-
-
-def _data_facts(loaded: PromptSet, seen: set[str], has_tokens: bool) -> str:
-    facts = [f"{len(loaded.prompts)} prompts"]
-    if has_tokens:
-        facts.append(f"the longest {max(len(p.tokens) for p in loaded.prompts)} tokens")
-    if loaded.num_dropped:
-        facts.append(f"{loaded.num_dropped} dropped as too long")
-    if shared := sum(p.text in seen for p in loaded.prompts):
-        facts.append(f"{shared} of them are training prompts too")
-    return ", ".join(facts)
-
-
-def _references(recipe: Recipe, loaded: PromptSet) -> str:
-    """Rules need a reference that they can read in every row."""
-    bad: list[str] = []
-    for scorer in recipe.scorers:
-        if not scorer.needs_reference:
-            continue
-        rule = built_rule(scorer)
-        for prompt in loaded.prompts:
-            if prompt.reference is None:
-                column = recipe.data.answer_column
-                bad.append(
-                    f"{prompt.id}: no answer, which scorer {scorer.name!r} compares with; "
-                    f"expected a column {column!r} (data.answer_column names it)"
-                )
-                continue
-            try:
-                rule("", prompt.reference)
-            except ValueError as error:
-                bad.append(f"{prompt.id}: {error}")
-    if bad:
-        more = [f"and {len(bad) - 5} more"] if len(bad) > 5 else []
-        raise UserError("\n".join([*bad[:5], *more]))
-    return ""
-
-
 def _algorithm(recipe: Recipe, sets: Sequence[PromptSet]) -> str:
     choice, groups = recipe.algorithm, recipe.num_prompts_per_step
     if is_file_name(choice.name):
         _try_own_algorithm(recipe, sets[0].prompts[0] if sets else None)
+    if len(sets) == len(recipe.data.train):
+        require_domains(choice.settings.domains, sets)
     return (
         f"{choice.name}: {groups} groups of {recipe.num_generations} rollouts a step, "
         f"{recipe.updates_per_step} update{'s' if recipe.updates_per_step > 1 else ''}, "

@@ -46,7 +46,7 @@ class DriverState:
     seed: int
     next_group: int  # id of the next group that was never admitted
     pending: tuple[int, ...] = ()  # admitted and not trained on yet: to be sampled again
-    prompts: Mapping[str, JsonValue] = field(default_factory=dict)  # the cursor over the data
+    prompts: Mapping[str, JsonValue] = field(default_factory=dict)  # the data: PromptOrder.record
     algorithm: JsonValue = None  # `encoded_state` of the pipeline's state
     counters: Mapping[str, int] = field(default_factory=dict)  # dropped groups by reason
     skipped: Mapping[str, int] = field(default_factory=dict)  # skipped prompts by reason

@@ -18,12 +18,12 @@ from grpo.algorithms import ALGORITHMS
 from grpo.algorithms.user_file import found_algorithm
 from grpo.config import AlgorithmConfig
 from grpo.errors import UserError
-from orchestration.aliases import targets_of
+from orchestration.aliases import targets_of, with_listed_sets
+from orchestration.data_config import DataConfig
 from orchestration.recipe import (
     AlarmConfig,
     AlgorithmChoice,
     CheckpointConfig,
-    DataConfig,
     EvaluationConfig,
     Recipe,
     SamplingConfig,
@@ -121,10 +121,11 @@ def found_recipe(path: Path) -> Path:
 
 def _without_aliases(data: Data, problems: list[str], places: Places) -> tuple[Data, list[str]]:
     """The same settings under covey's names."""
+    data, has_weights = with_listed_sets(data, problems)
     renamed = copy.deepcopy(data)
     if isinstance(renamed.get("algorithm"), str):
         renamed["algorithm"] = {"name": renamed["algorithm"]}
-    notices: list[str] = []
+    notices = ["prompt_data_probs is read as data.train.*.weight"] if has_weights else []
     sections = [(), *((k,) for k, v in data.items() if isinstance(v, dict))]
     for section in sections:
         inside = data if not section else data[section[0]]

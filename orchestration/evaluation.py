@@ -23,6 +23,7 @@ PASS_ABOVE = 0.5
 # Above this share of failed scores the rest would not be a fair picture of the model.
 MAX_FAILED_SHARE = 0.1
 DIFFICULTY_COLUMN = "difficulty"
+MAX_DOMAINS = 20  # that metrics name, the largest; more would bury the other metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,16 @@ class EvalReport:
             "eval/mean_length": found.mean_length,
             "eval/clipped_ratio": found.clipped_ratio,
             "eval/failed_scores": float(sum(self.failures.values())),
+            **{f"eval/{name}/pass@1": value for name, value in self._largest_domains()},
         }
+
+    def _largest_domains(self) -> Iterator[tuple[str, float]]:
+        """pass@1 of those with the most prompts."""
+        domains = self.by["domain"] if "domain" in self.by else {}
+        sizes = {name: found.num_prompts for name, found in domains.items()}
+        for name in sorted(sizes, key=lambda name: (-sizes[name], name))[:MAX_DOMAINS]:
+            if 1 in domains[name].pass_at:  # else none of its completions has a score
+                yield name, domains[name].pass_at[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from functools import partial
 
 from grpo.pipeline import Pipeline, Reward
 from grpo.types import TrainRow
+from orchestration.data_metrics import DataMetrics
 from orchestration.display import Display
 from orchestration.driver import TrainedStep
 from orchestration.group_task import DroppedGroup
@@ -31,6 +32,7 @@ class RunJournal:
         display: Display,
         clock: PhaseClock,
         pipeline: Pipeline,
+        data: DataMetrics,
         total_steps: int,
     ) -> None:
         self.dropped_by_reason: Counter[str] = Counter()
@@ -40,8 +42,11 @@ class RunJournal:
         self._display = display
         self._clock = clock
         self._terms = [_name(reward) for reward in pipeline.rewards]
+        self._data = data
         self._total_steps = total_steps
         self.step = 0  # the last one that was written down
+        if data.remark is not None:
+            display.message(data.remark)
         self._dropped_in_step: Counter[str] = Counter()
         self._skipped_in_step: Counter[str] = Counter()
 
@@ -53,6 +58,7 @@ class RunJournal:
         self.dropped_by_reason = Counter(dropped)
         self.skipped_by_reason = Counter(skipped)
         self._dropped_in_step, self._skipped_in_step = Counter(), Counter()
+        self._data.forget()
 
     def trained(self, step: TrainedStep) -> None:
         """A step is done and its weights are with the engines."""
@@ -75,6 +81,7 @@ class RunJournal:
         metrics |= _counts("dropped", self._dropped_in_step)
         metrics["dropped"] = float(self._dropped_in_step.total())
         metrics |= _counts("skipped", self._skipped_in_step)
+        metrics |= self._data.of_step(step)
         self._dropped_in_step, self._skipped_in_step = Counter(), Counter()
         self.step = step.step
         self._telemetry.log(step.step, metrics)
@@ -82,7 +89,8 @@ class RunJournal:
 
     def dropped(self, group: DroppedGroup) -> None:
         """A group fell out while the next step was being filled, or was never begun."""
-        reason = group.dropped.reason
+        reason, domain = group.dropped.reason, group.group.prompt.domain
+        self._data.fell_out(domain, "skipped" if group.dropped.is_planned else "dropped")
         if group.dropped.is_planned:
             self.skipped_by_reason[reason] += 1
             self._skipped_in_step[reason] += 1

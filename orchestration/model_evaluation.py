@@ -52,12 +52,11 @@ def evaluate_model(
             f"{positions} positions: at most {max_prompt_length} tokens of prompt and "
             f"{max_completion_length} of completion"
         )
+    (source,) = DataConfig.model_validate({"train": data, "split": split}).training_sources
     prompts = load_prompts(
-        data,
-        DataConfig(train=data),
+        source,
         Tokenization(folder),
         max_prompt_length=max_prompt_length,
-        split=split,
     ).prompts
     sampling = Sampling(
         temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_completion_length

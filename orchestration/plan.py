@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from orchestration.config import Recipe
+from orchestration.data_config import PromptSource
 from orchestration.placement import demands
 
 
@@ -38,13 +39,16 @@ def _work(recipe: Recipe) -> Iterator[tuple[str, str]]:
     )
 
 
+def _sets(setting: str, sources: Sequence[PromptSource]) -> Iterator[tuple[str, str]]:
+    """Of several also how they are called; `covey check` reads them and says the shares."""
+    for source in sources:
+        yield setting, source.source if len(sources) == 1 else f"{source.name}: {source.source}"
+
+
 def _files(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "model", recipe.model
-    yield "data.train", recipe.data.train
-    if recipe.data.evaluation is not None:
-        measured = recipe.evaluation
-        yield (
-            "data.evaluation",
-            f"{recipe.data.evaluation}: at most {measured.prompts} prompts x {measured.samples}",
-        )
+    yield from _sets("data.train", recipe.data.training_sources)
+    measured = recipe.evaluation
+    for name, source in _sets("data.evaluation", recipe.data.evaluation_sources):
+        yield name, f"{source}: at most {measured.prompts} prompts x {measured.samples}"
     yield "output", f"{recipe.output}/{recipe.name}-YYYYmmdd-HHMMSS"

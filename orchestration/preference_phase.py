@@ -24,8 +24,7 @@ from orchestration.group_task import (
     run_group,
 )
 from orchestration.local import LocalRolloutWorker
-from orchestration.prompt_order import PromptOrder
-from orchestration.prompts import load_prompts
+from orchestration.run_inputs import held_out_prompts, planned_order
 from reward_services.config import ScorerConfig
 from reward_services.preference.config import PreferenceConfig
 from reward_services.preference.encoder import Encoder, tokenizer_fingerprint
@@ -98,9 +97,7 @@ def is_collected(parts: PreferenceParts) -> bool:
 def collect(parts: PreferenceParts, on_phase: OnPhase) -> Collection:
     """Answer training prompts with the initial policy and write the labelled answers."""
     recipe, wanted = parts.recipe, parts.preference.num_questions
-    prompts = _prompts(recipe, recipe.data.train, recipe.data.split)
-    order = PromptOrder(prompts, seed=recipe.seed, shuffle=recipe.data.shuffle)
-    chosen = [order.at(number) for number in range(min(wanted, len(order)))]
+    chosen = planned_order(recipe, Tokenization(recipe.model)).distinct(wanted)
     on_phase(f"{parts.preference.rollouts_per_question} answers to {len(chosen)} prompts")
     questions, num_dropped = asyncio.run(_answered(parts, chosen, first_group=0))
     rollouts = [rollout for question in questions for rollout in question.rollouts]
@@ -153,8 +150,7 @@ def evaluate(parts: PreferenceParts, on_phase: OnPhase) -> PreferenceReport:
             f"its figures on held-out training prompts are in {parts.folder / REPORT_FILE}"
         )
     encoder, head = loaded_parts(parts.folder, encoder=parts.preference.encoder)
-    prompts = _prompts(recipe, recipe.data.evaluation, recipe.data.evaluation_split)
-    chosen = prompts[: recipe.evaluation.prompts]
+    chosen = held_out_prompts(recipe, Tokenization(recipe.model))
     on_phase(f"{parts.preference.rollouts_per_question} answers to {len(chosen)} prompts")
     questions, _ = asyncio.run(_answered(parts, chosen, first_group=EVALUATION_GROUPS))
     pairs = encoded_pairs(encoder, questions, parts.preference, seed=recipe.seed)
@@ -181,16 +177,6 @@ def _require_fitting(
             f"the answers in {parts.folder} are tokens of {collection.model}, but {model} has "
             f"another vocabulary: choose another preference.encoder, or {remedy}"
         )
-
-
-def _prompts(recipe: Recipe, source: str, split: str) -> tuple[Prompt, ...]:
-    return load_prompts(
-        source,
-        recipe.data,
-        Tokenization(recipe.model),
-        max_prompt_length=recipe.sampling.max_prompt_length,
-        split=split,
-    ).prompts
 
 
 async def _answered(

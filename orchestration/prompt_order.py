@@ -1,43 +1,102 @@
-"""In which order the prompts of a data set are given out: a pure function of seed and group id."""
+"""In which order the prompts of data sets are given out: a pure function of seed and group id.
+
+Several sets are mixed by their weights, exactly and without chance. Refuses to know files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
 
 from grpo.errors import UserError
 from grpo.types import Prompt
+from orchestration.mixture import Mixture
+from orchestration.prompts import PromptSet
+
+ORDERS_KEPT = 2  # near the end of an epoch, groups of both are asked for
 
 
 class PromptOrder:
-    """Every prompt once an epoch, without end; group g gets prompt g of this order.
+    """Each set goes through its prompts, every one once an epoch of this set, without end.
 
     Nothing needs to be saved: a resumed run asks for the same group ids and sees the same data.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool) -> None:
-        self._prompts = prompts
-        self._seed = seed
-        self._shuffle = shuffle
-        self._epoch = -1  # of the order drawn last
-        self._order: Sequence[int] = ()
+    def __init__(self, sets: Sequence[PromptSet], *, seed: int, shuffle: bool) -> None:
+        self._sets = sets
+        self._mixture = Mixture([found.weight for found in sets])
+        self._epochs = [
+            _Epochs(found.prompts, seed=seed, shuffle=shuffle, number=number)
+            for number, found in enumerate(sets)
+        ]
 
     def __len__(self) -> int:
-        return len(self._prompts)
+        """Different prompts, of all sets."""
+        return sum(len(found.prompts) for found in self._sets)
+
+    @property
+    def prompts(self) -> Iterator[Prompt]:
+        """Each once, set by set."""
+        return (prompt for found in self._sets for prompt in found.prompts)
 
     def at(self, group: int) -> Prompt:
         """The prompt of this group."""
-        epoch, position = divmod(group, len(self._prompts))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._drawn(epoch)
-        return self._prompts[self._order[position]]
+        number, position = self._mixture.place(group)
+        return self._epochs[number].at(position)
 
-    def _drawn(self, epoch: int) -> Sequence[int]:
-        if not self._shuffle:
-            return range(len(self._prompts))
-        generator = np.random.default_rng([self._seed, epoch])
-        return [int(place) for place in generator.permutation(len(self._prompts))]
+    def distinct(self, count: int) -> list[Prompt]:
+        """The first so many different prompts; fewer if there are no more."""
+        found: dict[str, Prompt] = {}
+        group = 0
+        while len(found) < min(count, len(self)):
+            prompt = self.at(group)
+            found[prompt.id] = prompt
+            group += 1
+        return list(found.values())
+
+    @property
+    def shares(self) -> Mapping[str, float]:
+        """Of the groups, by set."""
+        names = [found.name for found in self._sets]
+        return dict(zip(names, self._mixture.shares, strict=True))
+
+    def epochs(self, num_groups: int) -> Mapping[str, float]:
+        """How often the first groups went through each set: 1.5 is once and a half."""
+        return {
+            found.name: self._mixture.count(number, num_groups) / len(found.prompts)
+            for number, found in enumerate(self._sets)
+        }
+
+    @cached_property
+    def record(self) -> Mapping[str, JsonValue]:
+        """What a checkpoint notes of the data, so that a resumed run can tell other ones."""
+        return {
+            found.name: {"num_prompts": len(found.prompts), "fingerprint": found.fingerprint}
+            for found in self._sets
+        }
+
+
+class _Epochs:
+    """The prompts of one set, every one once an epoch."""
+
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool, number: int) -> None:
+        """`number` of the set: two of one length are shuffled differently."""
+        self._prompts = prompts
+        self._seed = (seed, number)
+        self._shuffle = shuffle
+        self._order = lru_cache(maxsize=ORDERS_KEPT)(self._drawn)
+
+    def at(self, position: int) -> Prompt:
+        epoch, place = divmod(position, len(self._prompts))
+        return self._prompts[self._order(epoch)[place] if self._shuffle else place]
+
+    def _drawn(self, epoch: int) -> NDArray[np.int64]:
+        seed, number = self._seed
+        return np.random.default_rng([seed, epoch, number]).permutation(len(self._prompts))
 
 
 def easy_to_hard(

@@ -6,8 +6,9 @@ in. Refuses to know in which order prompts are used.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from grpo.errors import UserError
 from grpo.types import Int32, Prompt
-from orchestration.config import DataConfig
+from orchestration.data_config import DataConfig, PromptSource
 from orchestration.data_files import Row, rows_of
 from orchestration.stored_prompts import is_stored_group, stored_prompt
 
@@ -41,27 +42,37 @@ class PromptTokenizer(Protocol):
 class PromptSet:
     """The usable prompts of a data set, in its order."""
 
-    source: str
+    name: str
+    weight: float = 1.0  # relative to that of other sets
     prompts: tuple[Prompt, ...]
-    num_dropped: int  # longer than allowed, if the recipe says to drop those
+    num_dropped: int = 0  # longer than allowed, if the recipe says to drop those
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the tokens, the reference or the order of any prompt."""
+        digest = hashlib.blake2b(digest_size=8)
+        for prompt in self.prompts:
+            digest.update(f"{len(prompt.tokens)} {prompt.reference!r}".encode())
+            digest.update(prompt.tokens.tobytes())
+        return digest.hexdigest()
 
 
 def load_prompts(
-    source: str, data: DataConfig, tokenizer: PromptTokenizer, *, max_prompt_length: int, split: str
+    source: PromptSource, tokenizer: PromptTokenizer, *, max_prompt_length: int
 ) -> PromptSet:
     """Every row as a prompt; UserError with the lines that are none."""
     prompts: list[Prompt] = []
     problems: list[str] = []
     num_dropped = 0
-    for row in rows_of(source, split=split):
+    for row in rows_of(source.source, split=source.split):
         try:
-            prompt = _prompt(row, data, tokenizer)
+            prompt = _prompt(row, source, tokenizer)
         except ValueError as error:
             problems.append(f"{row.place}: {error}")
             continue
         if len(prompt.tokens) <= max_prompt_length:
             prompts.append(prompt)
-        elif data.on_long_prompt == "drop":
+        elif source.drops_long:
             num_dropped += 1
         else:
             problems.append(
@@ -70,39 +81,45 @@ def load_prompts(
                 "data.on_long_prompt: drop"
             )
     if problems:
-        raise UserError(_summary(source, problems))
+        raise UserError(_summary(source.source, problems))
     if not prompts:
         raise UserError(
-            f"{source}: found no prompt"
+            f"{source.source}: found no prompt"
             + (f" of at most {max_prompt_length} tokens" if num_dropped else "")
             + "; expected at least one row"
         )
-    return PromptSet(source=source, prompts=tuple(prompts), num_dropped=num_dropped)
+    return PromptSet(
+        name=source.name, weight=source.weight, prompts=tuple(prompts), num_dropped=num_dropped
+    )
 
 
-def _prompt(row: Row, data: DataConfig, tokenizer: PromptTokenizer) -> Prompt:
+def _prompt(row: Row, source: PromptSource, tokenizer: PromptTokenizer) -> Prompt:
     """ValueError says which field is wrong."""
     columns = row.columns
+    name = row.name
+    if source.id_prefix is not None:
+        name = f"{source.id_prefix}:{row.name.rpartition(':')[2]}"
     if is_stored_group(columns):
-        return stored_prompt(columns, name=row.name, encode=tokenizer.encode_prompt)
-    raw = _prompt_value(columns, data.prompt_column)
-    solution = _text(_optional(columns, data.solution_column, "solution_column"), "solution")
-    domain = _text(_optional(columns, data.domain_column, "domain_column"), "domain")
+        stored = stored_prompt(columns, name=name, encode=tokenizer.encode_prompt)
+        return stored if stored.domain != "default" else replace(stored, domain=source.domain)
+    raw = _prompt_value(columns, source.prompt_column)
+    solution = _text(_optional(columns, source.solution_column, "solution_column"), "solution")
+    domain = _text(_optional(columns, source.domain_column, "domain_column"), "domain")
     try:
         tokens = tokenizer.encode_prompt(raw)
     except UserError as error:
         raise ValueError(str(error)) from error
     if not len(tokens):
-        raise ValueError(f"{data.prompt_column!r} gives no token at all")
+        raise ValueError(f"{source.prompt_column!r} gives no token at all")
     return Prompt(
-        id=row.name,
+        id=name,
         text=raw if isinstance(raw, str) else "\n".join(m["content"] for m in raw),
         tokens=tokens,
-        reference=_reference(columns, data),
+        reference=_reference(columns, source),
         solution_tokens=(
             np.zeros(0, np.int32) if solution is None else tokenizer.encode_text(solution)
         ),
-        domain="default" if domain is None else domain,
+        domain=source.domain if domain is None else domain,
         columns={**columns, "prompt": raw},
     )
 
@@ -131,9 +148,9 @@ def _prompt_value(columns: Columns, name: str) -> str | list[Message]:
     return cast("list[Message]", value)
 
 
-def _reference(columns: Columns, data: DataConfig) -> str | None:
+def _reference(columns: Columns, source: PromptSource) -> str | None:
     """The answer column, else where verl keeps it: reward_model.ground_truth."""
-    answer = _optional(columns, data.answer_column, "answer_column", verl=True)
+    answer = _optional(columns, source.answer_column, "answer_column", verl=True)
     if answer is None:
         nested = columns.get("reward_model", None)
         if isinstance(nested, Mapping) and "ground_truth" in nested:

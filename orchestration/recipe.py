@@ -24,6 +24,7 @@ from grpo.errors import UserError
 from grpo.types import Sampling
 from learner.config import LearnerConfig
 from orchestration.buffer import num_slots
+from orchestration.data_config import DataConfig
 from orchestration.simulation.config import SimulationConfig
 from reward_services.config import ScorerConfig
 from rollout_workers.config import RolloutConfig
@@ -51,49 +52,13 @@ class SamplingConfig(Schema):
         )
 
 
-class CurriculumConfig(Schema):
-    """Training prompts from easy to hard, in the same order every epoch."""
-
-    column: str = Field(description="column of the data that says how hard a row is")
-    values: tuple[str, ...] = Field(
-        (), description="its values, the easiest first; none: numbers, or text, in rising order"
-    )
-
-
-class DataConfig(Schema):
-    """Where prompts come from and which column holds what."""
-
-    train: str = Field(description="a .jsonl or .parquet file, or a Hugging Face data set id")
-    evaluation: str | None = Field(None, description="held-out prompts; null: no evaluation")
-    split: str = Field("train", description="of a Hugging Face data set")
-    evaluation_split: str = Field("test", description="of a Hugging Face data set")
-    prompt_column: str = Field("prompt", description="text, or a list of messages")
-    answer_column: str = Field("answer", description="the reference answer; may be absent")
-    solution_column: str = Field("solution", description="a worked solution; may be absent")
-    domain_column: str | None = Field(None, description="groups metrics by kind of prompt")
-    shuffle: bool = Field(True, description="a new order every epoch; false: as in the file")
-    curriculum: CurriculumConfig | None = Field(
-        None, description="an order from easy to hard; needs shuffle: false"
-    )
-    on_long_prompt: Literal["error", "drop"] = Field(
-        "error", description="a prompt above sampling.max_prompt_length"
-    )
-
-    @model_validator(mode="after")
-    def _order_is_one(self) -> Self:
-        if self.curriculum is not None and self.shuffle:
-            raise ValueError(
-                f"curriculum orders the prompts by {self.curriculum.column!r}, but shuffle is "
-                "true: set shuffle: false"
-            )
-        return self
-
-
 class EvaluationConfig(Schema):
     """How the policy is measured on held-out prompts."""
 
     every: int = Field(0, ge=0, description="steps between evaluations; 0: before and after only")
-    prompts: int = Field(200, ge=1, description="at most so many, the first of the file")
+    prompts: int = Field(
+        200, ge=1, description="at most so many of each set, the first of the file"
+    )
     samples: int = Field(4, ge=1, description="completions per prompt, for pass@k")
 
 

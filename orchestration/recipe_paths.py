@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestration.data_config import DATA_SUFFIXES
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 STARTER_DATA = ("data", "starter")
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _MODELS_OF_SCORERS = {"process_reward": ("model",), "implicit_reward": ("model", "reference")}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(?:/[\w.-]+)?")
 
@@ -25,7 +26,7 @@ def resolve_paths(data: dict[str, Any], folders: Sequence[Path]) -> list[tuple[s
     section = data.get("data")
     if isinstance(section, dict):
         for key in ("train", "evaluation"):
-            _resolve(section, key, f"data.{key}", folders, problems)
+            _resolve_sets(section, key, folders, problems)
     algorithm = data.get("algorithm")
     if isinstance(algorithm, dict):
         _resolve_function(algorithm, "name", "algorithm.name", folders, problems)
@@ -62,6 +63,21 @@ def _resolve(
         section[key] = str(found)
     elif not _may_be_hub_id(value, folders):
         problems.append((path, f"found no {value!r}; {_remedy(value, folders)}"))
+
+
+def _resolve_sets(
+    section: dict[str, Any], key: str, folders: Sequence[Path], problems: list[tuple[str, str]]
+) -> None:
+    """One data set, or each of several: a source alone, or a mapping with one."""
+    _resolve(section, key, f"data.{key}", folders, problems)
+    value = section.get(key)
+    if isinstance(value, dict):
+        section[key] = value = [value]
+    if isinstance(value, list):
+        section[key] = sets = [{"source": v} if isinstance(v, str) else v for v in value]
+        for i, item in enumerate(sets):
+            if isinstance(item, dict):
+                _resolve(item, "source", f"data.{key}.{i}", folders, problems)
 
 
 def _resolve_function(
@@ -114,7 +130,7 @@ def _may_be_hub_id(value: str, folders: Sequence[Path]) -> bool:
     return (
         not is_path
         and _HUB_ID.fullmatch(value) is not None
-        and Path(value).suffix not in (DATA_SUFFIXES)
+        and Path(value).suffix not in DATA_SUFFIXES
     )
 
 

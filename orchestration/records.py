@@ -6,19 +6,23 @@ Numbers are rounded to what they can mean, because a group of long answers is a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grpo.pipeline import RewardedGroup
-from grpo.types import Group, Origin, Prompt, Rollout, Score, TrainRow
+from grpo.types import Bool, Group, Origin, Prompt, Rollout, Score, TrainRow
 from orchestration.group_task import DroppedGroup, GroupTimes
 
 # Log-probabilities of engine and learner agree to about 1e-6 in float32 at best.
 LOG_PROB_DECIMALS = 6
 # Rewards, advantages and weights: what float32 holds with some room.
 SIGNIFICANT_DIGITS = 7
+LARGEST_POWER = 51  # as the smallest float32, 1e-45, takes; above 22 not exact: more digits
+# Comparing an array with a member of an enum takes six times as long.
+POLICY, GUIDANCE = int(Origin.POLICY), int(Origin.GUIDANCE)
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -38,12 +42,13 @@ def trained_record(
     """
     group = rewarded.group
     row_of = {row.index: row for row in rows if row.group == group.id}
+    rewards = rewarded.rewards.tolist()
     rollouts: list[Json] = []
     for place, rollout in enumerate(group.rollouts):
         record = _rollout_record(group, place)
         values = zip(terms, rewarded.components[place].tolist(), strict=True)
         record["rewards"] = {term: rounded(value) for term, value in values if value == value}
-        record["reward"] = rounded(float(rewarded.rewards[place]))
+        record["reward"] = rounded(rewards[place])
         if rollout.index in row_of:
             record["advantage"] = _one_or_all(row_of[rollout.index].advantages)
             record["weight"] = _one_or_all(row_of[rollout.index].weights)
@@ -72,7 +77,22 @@ def dropped_record(fallen: DroppedGroup) -> dict[str, Json]:
 
 def rounded(value: float) -> float | None:
     """The value to seven significant digits; None where it is no number."""
-    return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if np.isfinite(value) else None
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}") if math.isfinite(value) else None
+
+
+def all_rounded(values: NDArray[np.float32]) -> list[Json]:
+    """The same for an array, without a text for each number.
+
+    1.2345678e-3 has its first digit at 10^-3, so it is round(1.2345678e-3 * 10^9) / 10^9.
+    """
+    wide = values.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 and NaN have no first digit
+        first = np.floor(np.log10(np.abs(wide)))
+        scale = 10.0 ** np.minimum(SIGNIFICANT_DIGITS - 1 - first, LARGEST_POWER)
+        found: list[float] = (np.rint(wide * scale) / scale).tolist()
+    if np.isfinite(wide).all():
+        return [*found]
+    return [value if math.isfinite(value) else None for value in found]
 
 
 def _prompt_record(prompt: Prompt) -> dict[str, Json]:
@@ -96,28 +116,28 @@ def _times_record(times: GroupTimes) -> dict[str, Json]:
 
 def _rollout_record(group: Group, place: int) -> dict[str, Json]:
     rollout = group.rollouts[place]
+    is_guidance = rollout.origins == GUIDANCE
     log_probs = np.round(rollout.log_probs.astype(np.float64), LOG_PROB_DECIMALS)
     record: dict[str, Json] = {
         "index": rollout.index,
         "text": rollout.text,
         "finish_reason": rollout.finish_reason.value,
         "versions": _version_range(rollout),
-        "num_guidance_tokens": int((rollout.origins == Origin.GUIDANCE).sum()),
+        "num_guidance_tokens": int(np.count_nonzero(is_guidance)),
         "tokens": rollout.tokens.tolist(),
         "log_probs": log_probs.tolist(),
     }
     record.update(_score_records(group.scores, place, rollout.num_tokens))
     if not np.array_equal(rollout.context, group.prompt.tokens):
         record["context"] = rollout.context.tolist()
-    record.update(_special_records(rollout))
+    record.update(_special_records(rollout, is_guidance))
     return record
 
 
-def _special_records(rollout: Rollout) -> dict[str, Json]:
+def _special_records(rollout: Rollout, is_guidance: Bool) -> dict[str, Json]:
     """What only some algorithms' rollouts have, under the names of `covey schema group`."""
     records: dict[str, Json] = {}
-    is_guidance = rollout.origins == Origin.GUIDANCE
-    if is_guidance[int(is_guidance.sum()) :].any():  # elsewhere than at the beginning
+    if is_guidance[np.count_nonzero(is_guidance) :].any():  # elsewhere than at the beginning
         records["origins"] = ["guidance" if given else "policy" for given in is_guidance]
     if rollout.train_context is not None:
         records["train_context"] = rollout.train_context.tolist()
@@ -130,7 +150,7 @@ def _special_records(rollout: Rollout) -> dict[str, Json]:
 
 def _version_range(rollout: Rollout) -> list[Json] | None:
     """Oldest and newest weights that sampled a token; None: nothing was sampled."""
-    sampled = rollout.versions[rollout.origins == Origin.POLICY]
+    sampled = rollout.versions[rollout.origins == POLICY]
     return [int(sampled.min()), int(sampled.max())] if len(sampled) else None
 
 
@@ -162,4 +182,4 @@ def _one_or_all(values: NDArray[np.float32]) -> Json:
     """One number where all tokens share it, else one per token."""
     if len(values) and (values == values[0]).all():
         return rounded(float(values[0]))
-    return [rounded(value) for value in values.tolist()]
+    return all_rounded(values)

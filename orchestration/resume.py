@@ -84,6 +84,30 @@ def require_same_recipe(
         )
 
 
+def require_same_data(saved: Mapping[str, object], given: Mapping[str, object]) -> None:
+    """Refuse to continue a run on other prompts: some would come twice, others never.
+
+    Both as `PromptOrder.record`: by set, how many prompts and a fingerprint of them.
+    """
+    changed = [
+        f"  {name}: {_of_set(saved.get(name))} when the run began, {_of_set(given.get(name))} now"
+        for name in {**saved, **given}
+        if saved.get(name) != given.get(name)
+    ]
+    if changed:
+        raise UserError(
+            "data.train holds other prompts than the run began with:\n"
+            + "\n".join(changed)
+            + "\nPut the data back to continue it, or start a new run without --resume"
+        )
+
+
+def _of_set(facts: object) -> str:
+    if not isinstance(facts, Mapping):
+        return "absent"
+    return f"{facts['num_prompts']} prompts (fingerprint {facts['fingerprint']})"
+
+
 def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in settings.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grpo.errors import UserError
@@ -14,7 +14,12 @@ from orchestration.config import Recipe
 from orchestration.progress import Progress
 from orchestration.prompt_order import PromptOrder, easy_to_hard
 from orchestration.prompts import load_prompts
-from orchestration.resume import ResumePoint, require_same_recipe, resolve_resume
+from orchestration.resume import (
+    ResumePoint,
+    require_same_data,
+    require_same_recipe,
+    resolve_resume,
+)
 from orchestration.run_directory import CONFIG_FILE
 from orchestration.yaml_source import read_yaml
 from rollout_workers.tokenization import Tokenization
@@ -77,20 +82,15 @@ def read_inputs(recipe: Recipe, resume: str | None) -> RunInputs:
         max_completion_length=recipe.sampling.max_completion_length,
     )
     tokenization = Tokenization(recipe.model)
-    data, longest = recipe.data, recipe.sampling.max_prompt_length
     prompts = planned_order(recipe, tokenization)
-    held_out: tuple[Prompt, ...] = ()
-    if data.evaluation is not None:
-        split = data.evaluation_split
-        held_out = load_prompts(
-            data.evaluation, data, tokenization, max_prompt_length=longest, split=split
-        ).prompts[: recipe.evaluation.prompts]
+    if state is not None:
+        require_same_data(state.prompts, prompts.record)
     return RunInputs(
         recipe=recipe,
         pipeline=pipeline,
         tokenization=tokenization,
         prompts=prompts,
-        held_out=held_out,
+        held_out=held_out_prompts(recipe, tokenization),
         resume=point,
         state=state,
     )
@@ -98,14 +98,27 @@ def read_inputs(recipe: Recipe, resume: str | None) -> RunInputs:
 
 def planned_order(recipe: Recipe, tokenization: Tokenization) -> PromptOrder:
     """The prompt of every group that the recipe will ever admit."""
-    data = recipe.data
-    prompts = load_prompts(
-        data.train,
-        data,
-        tokenization,
-        max_prompt_length=recipe.sampling.max_prompt_length,
-        split=data.split,
-    ).prompts
-    if (order := data.curriculum) is not None:
-        prompts = easy_to_hard(prompts, column=order.column, values=order.values)
-    return PromptOrder(prompts, seed=recipe.seed, shuffle=data.shuffle)
+    longest = recipe.sampling.max_prompt_length
+    sets = [
+        load_prompts(source, tokenization, max_prompt_length=longest)
+        for source in recipe.data.training_sources
+    ]
+    if (order := recipe.data.curriculum) is not None:
+        sets = [
+            replace(
+                found,
+                prompts=easy_to_hard(found.prompts, column=order.column, values=order.values),
+            )
+            for found in sets
+        ]
+    return PromptOrder(sets, seed=recipe.seed, shuffle=recipe.data.shuffle)
+
+
+def held_out_prompts(recipe: Recipe, tokenization: Tokenization) -> list[Prompt]:
+    """What the policy is measured on: the first prompts of each evaluation set."""
+    longest = recipe.sampling.max_prompt_length
+    sets = [
+        load_prompts(source, tokenization, max_prompt_length=longest)
+        for source in recipe.data.evaluation_sources
+    ]
+    return [prompt for found in sets for prompt in found.prompts[: recipe.evaluation.prompts]]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from orchestration.batch_files import drop_later
 from orchestration.checkpoint import DriverState, encoded_state
+from orchestration.data_metrics import DataMetrics
 from orchestration.display import Display
 from orchestration.journal import RunJournal
 from orchestration.progress import Progress
@@ -61,7 +62,7 @@ class RunRecords:
             seed=self.inputs.recipe.seed,
             next_group=progress.next_group,
             pending=progress.pending,
-            prompts={"num_prompts": len(self.inputs.prompts)},
+            prompts=self.inputs.prompts.record,
             algorithm=encoded_state(progress.algorithm_state),
             counters=dict(self.journal.dropped_by_reason),
             skipped=dict(self.journal.skipped_by_reason),
@@ -125,6 +126,7 @@ def opened_records(inputs: RunInputs, display: Display) -> Iterator[RunRecords]:
                 display=display,
                 clock=clock,
                 pipeline=inputs.pipeline,
+                data=DataMetrics(inputs.prompts),
                 total_steps=recipe.steps,
             ),
             clock=clock,

@@ -57,7 +57,9 @@ def selftest_recipe(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"learner": learner, "scorers": ()})
 
 
-def selftest_requests(recipe: Recipe, prompts: Sequence[Prompt]) -> list[list[SampleRequest]]:
+def selftest_requests(
+    recipe: Recipe, prompt_at: Callable[[int], Prompt]
+) -> list[list[SampleRequest]]:
     """A few groups of the recipe's size and sampling, at least one rollout for each rank."""
     size = recipe.num_generations
     count = max(min(recipe.num_prompts_per_step, MAX_GROUPS), -(-recipe.learner.ranks // size))
@@ -66,7 +68,7 @@ def selftest_requests(recipe: Recipe, prompts: Sequence[Prompt]) -> list[list[Sa
             SampleRequest(
                 group=group,
                 index=index,
-                context=prompts[group % len(prompts)].tokens,
+                context=prompt_at(group).tokens,
                 guidance=np.zeros(0, np.int32),
                 sampling=recipe.sampling.drawn(),
                 seed=rollout_seed(recipe.seed, group, 0, index),

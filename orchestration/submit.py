@@ -79,8 +79,7 @@ def local_files(recipe: Recipe) -> list[Path]:
     functions = [scorer.function for scorer in recipe.scorers if scorer.function is not None]
     names = [
         recipe.model,
-        recipe.data.train,
-        recipe.data.evaluation or "",
+        *[item.source for item in (*recipe.data.train, *(recipe.data.evaluation or ()))],
         *[name.rpartition(":")[0] for name in (recipe.algorithm.name, *functions)],
         *[s.preference.folder for s in recipe.scorers if s.preference is not None],
         *[s.process_reward.model for s in recipe.scorers if s.process_reward is not None],

@@ -10,8 +10,8 @@ from orchestration.driver import Driver, Journal
 from orchestration.group_task import GroupRecipe
 from orchestration.progress import Progress, Schedule
 from orchestration.prompt_order import PromptOrder
-from orchestration.prompts import load_prompts
 from orchestration.roles import Roles
+from orchestration.run_inputs import planned_order
 from orchestration.waits import Waits
 from rollout_workers.tokenization import Tokenization
 
@@ -38,14 +38,7 @@ def common_parts(recipe: Recipe, roles: Roles) -> tuple[GroupRecipe, PromptOrder
         tokenizer=tokenization,
         scorers=roles.scorers,
     )
-    prompts = load_prompts(
-        recipe.data.train,
-        recipe.data,
-        tokenization,
-        max_prompt_length=sampling.max_prompt_length,
-        split="train",
-    )
-    return common, PromptOrder(prompts.prompts, seed=recipe.seed, shuffle=True)
+    return common, planned_order(recipe, tokenization)
 
 
 def real_driver(

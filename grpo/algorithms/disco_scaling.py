@@ -37,6 +37,11 @@ class Config(ClippedConfig):
         "log", description="of a domain of share p: log(1 + 1/p), its square, or 1/p"
     )
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Those whose share is given."""
+        return tuple(self.domain_shares)
+
     @model_validator(mode="after")
     def _shares_are_shares(self) -> Self:
         wrong = {name: p for name, p in self.domain_shares.items() if not 0 < p <= 1}

@@ -46,6 +46,11 @@ class Config(StandardizedConfig, LengthRewardConfig):
         None, description="the scorer that says what is right; null: that of the largest weight"
     )
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Those of the first stage."""
+        return self.first_domains
+
     @model_validator(mode="after")
     def _stages_are_whole(self) -> Self:
         if bool(self.first_domains) != bool(self.first_steps):

@@ -69,20 +69,14 @@ def _report(recipe: Recipe, steps: int, *, is_local: bool) -> SelftestReport:
     from rich.console import Console
 
     from orchestration.display import Display
-    from orchestration.prompts import load_prompts
     from orchestration.roles import started_roles
+    from orchestration.run_inputs import planned_order
     from orchestration.selftest import selftest, selftest_requests
     from orchestration.waits import Waits
     from rollout_workers.tokenization import Tokenization
 
-    prompts = load_prompts(
-        recipe.data.train,
-        recipe.data,
-        Tokenization(recipe.model),
-        max_prompt_length=recipe.sampling.max_prompt_length,
-        split=recipe.data.split,
-    ).prompts
-    requests = selftest_requests(recipe, prompts)
+    prompts = planned_order(recipe, Tokenization(recipe.model))
+    requests = selftest_requests(recipe, prompts.at)
 
     async def main(display: Display) -> SelftestReport:
         def on_step(step: SelftestStep) -> None:

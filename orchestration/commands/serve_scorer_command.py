@@ -92,7 +92,8 @@ async def _listen(site: BaseSite, options: argparse.Namespace) -> None:
 
 def _label_columns(recipe: Recipe) -> list[str]:
     tests = [scorer.code.tests_column for scorer in recipe.scorers if scorer.code is not None]
-    return [recipe.data.answer_column, *tests]
+    answers = [source.answer_column for source in recipe.data.training_sources]
+    return list(dict.fromkeys([*answers, *tests]))
 
 
 async def _stop_signal() -> None:

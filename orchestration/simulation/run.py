@@ -159,7 +159,9 @@ class _Simulation:
             outcomes=recipe.weights,
             max_completion_length=recipe.sampling.max_completion_length,
         )
-        prompts = simulated_prompts(self._services.prompt_tokens)
+        named = [source.domain for source in recipe.data.training_sources]
+        domains = list(dict.fromkeys([*named, *choice.settings.domains]))
+        prompts = simulated_prompts(self._services.prompt_tokens, domains)
         return Driver(
             schedule=replace(planned_schedule(recipe), checkpoint_every=0, evaluate_every=0),
             common=GroupRecipe(
@@ -211,8 +213,11 @@ class _Simulation:
         )
 
 
-def simulated_prompts(num_tokens: int) -> list[Prompt]:
-    """Equal in all but their names; each has a solution, for algorithms that lead with one."""
+def simulated_prompts(num_tokens: int, domains: Sequence[str] = ("default",)) -> list[Prompt]:
+    """Equal but for their names, and their domains in turn.
+
+    Each has a solution, for algorithms that lead with one.
+    """
     tokens = np.full(num_tokens, FIRST_TOKEN, np.int32)
     return [
         Prompt(
@@ -221,6 +226,7 @@ def simulated_prompts(num_tokens: int) -> list[Prompt]:
             tokens=tokens,
             reference="a simulated answer",
             solution_tokens=tokens,
+            domain=domains[number % len(domains)],
         )
         for number in range(NUM_PROMPTS)
     ]

@@ -92,7 +92,7 @@ async def report_of(recipe: Recipe, roles: Roles, learner: object) -> SelftestRe
         recipe,
         roles.engine,
         cast(Learner, learner),
-        selftest_requests(recipe, PROMPTS),
+        selftest_requests(recipe, lambda group: PROMPTS[group % len(PROMPTS)]),
         steps=STEPS,
         on_step=lambda step: None,
     )

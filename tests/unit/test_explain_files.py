@@ -181,7 +181,7 @@ def test_a_run_folder_is_read_by_step_and_group(tmp_path: Path, capsys) -> None:
     dropped = Dropped(group=3, prompt="p3", reason="constant_outcome")
     fallen = DroppedGroup(group=groups[3], dropped=dropped, times=TIMES)
     lines.append(encode_line(2, dropped_record(fallen)))
-    (tmp_path / "groups.jsonl").write_text("".join(lines))
+    (tmp_path / "groups.jsonl").write_bytes(b"".join(lines))
 
     def ids(*words: str) -> list[int]:
         assert main(["explain", "grpo", str(tmp_path), "--json", *words]) == 0
@@ -210,7 +210,7 @@ def test_a_record_of_a_run_comes_back_as_the_group_it_was(tmp_path: Path) -> Non
     fallen = DroppedGroup(
         group=group, dropped=Dropped(group=0, prompt="p0", reason="failed_score"), times=TIMES
     )
-    (tmp_path / "groups.jsonl").write_text(encode_line(1, dropped_record(fallen)))
+    (tmp_path / "groups.jsonl").write_bytes(encode_line(1, dropped_record(fallen)))
     (read,) = groups_of(read_batch(tmp_path, Selection(groups=(group.id,))))
     assert read.prompt.tokens.tolist() == group.prompt.tokens.tolist()
     assert judged in read.scores

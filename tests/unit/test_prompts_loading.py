@@ -31,9 +31,8 @@ class CharacterTokenizer:
 
 def _loaded(path: Path, limit: int = 100, **data: object) -> PromptSet:
     config = DataConfig.model_validate({"train": str(path), **data})
-    return load_prompts(
-        str(path), config, CharacterTokenizer(), max_prompt_length=limit, split="train"
-    )
+    (source,) = config.training_sources
+    return load_prompts(source, CharacterTokenizer(), max_prompt_length=limit)
 
 
 def _written(path: Path, *rows: Mapping[str, object] | str) -> Path:

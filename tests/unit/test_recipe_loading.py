@@ -24,7 +24,7 @@ def _message(path: Path, *overrides: str) -> str:
 
 def test_a_recipe_is_loaded_with_defaults_and_absolute_paths(tmp_path: Path) -> None:
     recipe = load_recipe(written_project(tmp_path))
-    assert recipe.data.train == str(tmp_path / "train.jsonl")
+    assert [item.source for item in recipe.data.train] == [str(tmp_path / "train.jsonl")]
     assert recipe.num_generations == 4
     assert recipe.rollouts_per_step == 8 * 4
     assert recipe.max_model_len == 16 + 32

@@ -10,6 +10,7 @@ from grpo.errors import UserError
 from grpo.types import Prompt
 from orchestration.config import DataConfig
 from orchestration.prompt_order import PromptOrder, easy_to_hard
+from orchestration.prompts import PromptSet
 
 
 def prompts(*levels: object) -> list[Prompt]:
@@ -35,7 +36,7 @@ def test_named_tiers_come_in_the_order_in_which_they_are_named() -> None:
 
 def test_every_epoch_has_the_same_order() -> None:
     sorted_prompts = easy_to_hard(prompts(2, 1), column="level", values=())
-    given = PromptOrder(sorted_prompts, seed=0, shuffle=False)
+    given = PromptOrder([PromptSet(name="levels", prompts=sorted_prompts)], seed=0, shuffle=False)
     assert order(given.at(group) for group in range(4)) == [1, 0, 1, 0]
 
 
@@ -55,4 +56,4 @@ def test_what_cannot_be_ordered_is_named(levels, column, values, message: str) -
 
 def test_an_order_that_would_be_shuffled_is_refused() -> None:
     with pytest.raises(ValidationError, match="set shuffle: false"):
-        DataConfig(train="x.jsonl", curriculum={"column": "level"})
+        DataConfig.model_validate({"train": "x.jsonl", "curriculum": {"column": "level"}})

@@ -54,10 +54,8 @@ def judged_group() -> dict[str, object]:
 def loaded(tmp_path: Path, *groups: dict[str, object]):
     path = tmp_path / "groups.jsonl"
     path.write_text("".join(json.dumps(group) + "\n" for group in groups))
-    data = DataConfig(train=str(path))
-    return load_prompts(
-        str(path), data, CharacterTokenizer(), max_prompt_length=9, split="train"
-    ).prompts
+    (source,) = DataConfig(train=str(path)).training_sources
+    return load_prompts(source, CharacterTokenizer(), max_prompt_length=9).prompts
 
 
 def brought(prompt, **settings: object):

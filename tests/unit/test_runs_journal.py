@@ -11,12 +11,22 @@ from pathlib import Path
 import pytest
 
 from grpo.types import Prompt
+from orchestration.data_metrics import DataMetrics
 from orchestration.display import Display
 from orchestration.journal import RunJournal
+from orchestration.prompt_order import PromptOrder
+from orchestration.prompts import PromptSet
 from orchestration.run_directory import RunDirectory
 from orchestration.telemetry import PhaseClock, Telemetry
-from tests.fakes import FakeScorer
+from tests.fakes import FakeScorer, a_prompt
 from tests.unit.driver_setting import Setting, a_pipeline, a_schedule
+
+
+def in_a_domain(number: int) -> Prompt:
+    return replace(a_prompt(number), domain="threes" if number % 3 == 0 else "rest")
+
+
+PROMPTS = PromptSet(name="numbers", prompts=tuple(map(in_a_domain, range(20))))
 
 
 def skip_odd(prompt: Prompt, state: object) -> str | None:
@@ -41,9 +51,11 @@ def journal(tmp_path: Path) -> RunJournal:
             display=display,
             clock=PhaseClock(),
             pipeline=pipeline,
+            data=DataMetrics(PromptOrder([PROMPTS], seed=0, shuffle=False)),
             total_steps=2,
         )
         setting.driver._journal = written
+        setting.driver._prompt_at = in_a_domain
         assert asyncio.run(setting.driver.run())
     run.close()
     return written
@@ -64,6 +76,23 @@ def test_skipped_prompts_are_counted_apart_from_dropped_groups(
     assert sum(step.get("skipped/odd", 0) for step in metrics) >= 6
     assert all("dropped/odd" not in step for step in metrics)
     assert metrics[0]["scorers/answer/hit_rate"] == 0.25
+    assert [step["data/numbers/epoch"] for step in metrics] == [0.35, 0.65]  # groups 6 and 12
+
+
+def test_groups_are_counted_by_the_domain_of_their_prompts(
+    journal: RunJournal, tmp_path: Path
+) -> None:
+    metrics, records = lines(tmp_path, "metrics.jsonl"), lines(tmp_path, "groups.jsonl")
+    for step in metrics:
+        own = [r for r in records if r["step"] == step["step"] and "dropped" not in r]
+        for name in ("threes", "rest"):
+            found = [r for r in own if r["prompt"]["domain"] == name]
+            rewards = [rollout["reward"] for r in found for rollout in r["rollouts"]]
+            assert step[f"domain/{name}/groups"] == len(found) > 0
+            assert step[f"domain/{name}/reward"] == pytest.approx(sum(rewards) / len(rewards))
+    assert [step["domain/rest/dropped"] for step in metrics] == [1, 0]  # group 2
+    assert [step["domain/threes/dropped"] for step in metrics] == [0, 0]
+    assert sum(step.get("domain/threes/skipped", 0) for step in metrics) >= 2  # groups 3 and 9
 
 
 def test_a_group_that_is_trained_on_again_has_a_record_of_its_own(

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from grpo.pipeline import RewardedGroup
 from grpo.types import (
@@ -22,7 +23,8 @@ from grpo.types import (
 from orchestration.group_file import from_record, groups_of
 from orchestration.group_schema import BatchInput, GroupInput
 from orchestration.group_task import DroppedGroup, GroupTimes
-from orchestration.records import dropped_record, rounded, trained_record
+from orchestration.records import all_rounded, dropped_record, rounded, trained_record
+from orchestration.run_directory import encode_line
 
 CONTEXT = np.array([7, 8], np.int32)
 PROMPT = Prompt(id="row-3", text="1+1", tokens=CONTEXT, reference="2", domain="sums")
@@ -186,6 +188,29 @@ def test_a_record_is_json_and_its_numbers_are_short() -> None:
     text = json.dumps(record([], [[1.0, 0.0], [0.0, 0.0]]), allow_nan=False)
     assert "-0.333333," in text  # float32's -1/3 would be -0.3333333432674408
     assert "11.235" in text
+
+
+def test_a_line_begins_with_its_step_and_holds_the_record_as_it_is() -> None:
+    found = record([row(ROLLOUTS[0], [0.1, 0.2, -1e-7])], [[1.0, 0.0], [0.0, 0.0]])
+    found["prompt"]["text"] = 'a "quote", a line\n, \x00 and \u2028 and \u00e4'
+    found["rollouts"][1]["log_probs"] = [float("-inf"), -0.5]
+    line = encode_line(12, found)
+    assert line.startswith(b'{"step":12,"group":17,')
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"}\n")
+    found["rollouts"][1]["log_probs"][0] = None  # what is not finite is no JSON
+    assert json.loads(line) == {"step": 12, **found}
+
+
+def test_an_array_is_rounded_as_its_numbers_are() -> None:
+    drawn = np.random.default_rng(0).normal(size=(2, 4000)) * 10.0 ** np.arange(-14, 26).repeat(100)
+    values = [*drawn.reshape(-1), 0.0, 1.0, -1 / 3, 9.9999999e-4, 123456789.0, 1e-30, 3e38]
+    single = np.array(values, np.float32)
+    expected = [rounded(value) for value in single.tolist()]
+    assert all_rounded(single) == pytest.approx(expected, rel=2e-7, abs=0)
+    usual = single[(np.abs(single) < 1e6) & (np.abs(single) > 1e-15)]
+    assert max(len(repr(v).strip("-0.").split("e")[0]) for v in all_rounded(usual)) <= 8
+    assert all_rounded(np.array([np.nan, 1.5, -np.inf], np.float32)) == [None, 1.5, None]
 
 
 def test_rounding_keeps_seven_digits_of_small_numbers_and_makes_nan_absent() -> None:
