@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from grpo.types import AdapterShape, Rollout, SampleRequest
 from rollout_workers.config import RolloutConfig
 from rollout_workers.environment import engine_environment
 from rollout_workers.worker import RolloutWorker
+from tests.unit.learner_cases import batch_of, random_rows, rank_of, save, torch_config
 from tests.unit.rollout_models import (
     MAX_MODEL_LEN,
     adapted,
@@ -125,6 +126,28 @@ def test_whole_weights_and_adapters_of_another_shape_are_refused(served: Served)
     sent = adapter_bundle(adapted(served.model, other, seed=1), other, 9)
     with pytest.raises(WeightMismatch, match="rank=5"):
         asyncio.run(served.worker.load_weights(sent))
+
+
+def test_vllm_reads_the_files_of_a_checkpoint_s_adapter(served: Served, tmp_path: Path) -> None:
+    from rollout_workers.vllm_engine import VllmEngine  # reads the environment
+
+    engine = served.worker._started()
+    if not isinstance(engine, VllmEngine):
+        pytest.skip("for vLLM only")
+    lora = asdict(served.shape)
+    learner = rank_of(served.model, torch_config(lora=lora, learning_rate=3e-2))
+    learner.train(batch_of(random_rows(8)))
+    save(learner, tmp_path)
+    from vllm.lora.request import LoRARequest
+
+    files = LoRARequest("policy", 1, str(tmp_path / "adapter"), load_inplace=True)
+    engine._loop.call(
+        lambda batch: batch._engine.collective_rpc("add_lora", args=(files,))
+    ).result()
+    engine._loop.call(lambda batch: batch.set_version(3)).result()
+    rollouts = served.sample(requests(8))
+    assert largest_gap(policy(str(tmp_path / "huggingface"), seed=0), rollouts) < 1e-4
+    assert largest_gap(policy(served.model, seed=0), rollouts) > 1e-2
 
 
 def test_a_name_that_is_no_layer_is_refused_when_the_engine_starts(tmp_path: Path) -> None:
