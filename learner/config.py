@@ -30,6 +30,11 @@ class LoraConfig(Schema):
         "adapter: A and B alone, which they apply beside the model's own weights",
     )
 
+    @property
+    def shape(self) -> AdapterShape:
+        """What tells these adapters from others of the same model."""
+        return AdapterShape(rank=self.rank, alpha=self.alpha, target_modules=self.target_modules)
+
     @field_validator("dropout")
     @classmethod
     def _is_off(cls, value: float) -> float:
@@ -112,11 +117,7 @@ class LearnerConfig(Schema):
     @property
     def published_adapters(self) -> AdapterShape | None:
         """What the rollout workers make room for; None: they get all weights."""
-        if self.lora is None or self.lora.publish == "merged":
-            return None
-        return AdapterShape(
-            rank=self.lora.rank, alpha=self.lora.alpha, target_modules=self.lora.target_modules
-        )
+        return self.lora.shape if self.lora is not None and self.lora.publish == "adapter" else None
 
     @model_validator(mode="after")
     def _torch_is_one_rank(self) -> Self:
