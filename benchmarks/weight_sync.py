@@ -2,11 +2,16 @@
 
     python -m benchmarks.weight_sync                       about 1M, 10M and 100M parameters
     python -m benchmarks.weight_sync --sizes 100M --turns 9
+    python -m benchmarks.weight_sync --adapters            merged weights against adapters alone
 
 The torch learner and a vLLM engine on the CPU in one process, float32, the sync of a run
 (orchestration/weight_sync.py). The memcpy goes into memory that was written before, in the same
 turn as the sync; ratios are medians over the turns. `publish` is the learner's part, with the
 checksum, which is measured once more by itself. The rest are the engine's phases: what it reports.
+
+With --adapters every size is measured twice, with LoRA of rank 16 beside all linear layers: once
+the merged model is published, once A and B. `rollout` is what adapters cost in turn: 64 rollouts
+of 64 tokens after a context of 60.
 """
 
 from __future__ import annotations
@@ -23,8 +28,8 @@ import numpy as np
 import xxhash
 
 from benchmarks.random_models import written_model
-from grpo.types import WeightBundle
-from learner.config import LearnerConfig
+from grpo.types import SampleRequest, Sampling, WeightBundle
+from learner.config import LearnerConfig, LoraConfig
 from learner.rank import LearnerRank
 from orchestration.local import LocalLearner, LocalRolloutWorker
 from orchestration.weight_sync import sync_weights
@@ -34,8 +39,9 @@ from tests.unit.rollout_models import byte_tokenizer
 
 SIZES = {"1M": "0.8M", "10M": "10M", "100M": "100M"}
 LEARNER = LearnerConfig(backend="torch", cpus_per_rank=2)
-ROLLOUT = RolloutConfig(max_concurrent_rollouts=4, kv_cache_gib=0.1, cpus_per_worker=2)
-MAX_MODEL_LEN = 64
+ROLLOUT = RolloutConfig(max_concurrent_rollouts=64, kv_cache_gib=0.2, cpus_per_worker=2)
+MAX_MODEL_LEN = 128
+PUBLISHED = ("merged", "adapter")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,18 +49,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.weight_sync")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--turns", type=int, default=7, help="syncs of each size (7)")
+    parser.add_argument("--adapters", action="store_true", help="merged weights against adapters")
     options = parser.parse_args(arguments)
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
             model = written_model(SIZES[size], Path(folder))
             byte_tokenizer().save_pretrained(folder)
-            asyncio.run(_measure(size, str(model), options.turns))
+            for published in PUBLISHED if options.adapters else (None,):
+                config = LEARNER
+                if published is not None:
+                    lora = LoraConfig(rank=16, publish=published)
+                    config = LEARNER.model_copy(update={"lora": lora})
+                asyncio.run(
+                    _measure(f"{size} {published or ''}", str(model), config, options.turns)
+                )
 
 
-async def _measure(size: str, model: str, turns: int) -> None:
-    learner = LocalLearner(_learner(model), asyncio.Lock())
+async def _measure(title: str, model: str, config: LearnerConfig, turns: int) -> None:
+    learner = LocalLearner(_learner(model, config), asyncio.Lock())
     await learner.start()
-    worker = RolloutWorker(model, ROLLOUT, MAX_MODEL_LEN)
+    worker = RolloutWorker(model, ROLLOUT, MAX_MODEL_LEN, config.published_adapters)
     await worker.start()
     engine = LocalRolloutWorker(worker)
     phases: list[dict[str, float]] = []
@@ -68,13 +82,36 @@ async def _measure(size: str, model: str, turns: int) -> None:
         phases.append({"total": total, **report.timings_s, **alone})
     num_bytes = report.ref.num_bytes
     del phases[:2]  # they allocate, and vLLM looks for its loaders
+    speeds = [await _rollout_speed(worker) for _ in range(3)] if config.lora else []
     await worker.close()
     await learner.close()
-    _print(size, num_bytes, phases)
+    _print(title, num_bytes, phases)
+    if speeds:
+        print(f"  {'rollout':16}{median(speeds):10.0f} tokens/s")
 
 
-def _print(size: str, num_bytes: int, phases: Sequence[dict[str, float]]) -> None:
-    print(f"{size} parameters, {num_bytes / 1e6:.1f} MB, medians of {len(phases)} syncs")
+async def _rollout_speed(worker: RolloutWorker) -> float:
+    """Tokens per second of 64 rollouts; no context is like another, nor like one before."""
+    rng = np.random.default_rng()
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=64)
+    requests = [
+        SampleRequest(
+            group=0,
+            index=index,
+            context=rng.integers(0, 256, 60).astype(np.int32),
+            guidance=np.zeros(0, np.int32),
+            sampling=sampling,
+            seed=index,
+        )
+        for index in range(64)
+    ]
+    started = time.perf_counter()
+    rollouts = await worker.sample(requests)
+    return sum(rollout.num_tokens for rollout in rollouts) / (time.perf_counter() - started)
+
+
+def _print(title: str, num_bytes: int, phases: Sequence[dict[str, float]]) -> None:
+    print(f"{title} parameters, {num_bytes / 1e6:.1f} MB, medians of {len(phases)} syncs")
     for name in phases[0]:
         seconds = median(found[name] for found in phases)
         ratio = median(found[name] / found["memcpy"] for found in phases)
@@ -96,10 +133,10 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _learner(model: str) -> LearnerRank:
+def _learner(model: str, config: LearnerConfig) -> LearnerRank:
     return LearnerRank(
         model=model,
-        config=LEARNER,
+        config=config,
         algorithm={"name": "grpo"},
         total_steps=100,
         temperature=1.0,

@@ -259,6 +259,15 @@ class StepReport:
     timings_s: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterShape:
+    """Low-rank adapters beside a model's weights: y = W x + alpha / rank * B (A x)."""
+
+    rank: int
+    alpha: float
+    target_modules: Literal["all-linear"] | tuple[str, ...]  # the ends of layer names
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WeightBundle:
     """All weights of one version, as one safetensors image that any process can load."""
@@ -266,6 +275,9 @@ class WeightBundle:
     version: int
     payload: NDArray[np.uint8]
     checksum: int  # xxh3_64 of the payload
+    # Not None: the payload holds every A and B in float32, under peft's names; the weights beside
+    # them are those of the model's files.
+    adapters: AdapterShape | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

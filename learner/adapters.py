@@ -9,17 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.errors import UserError
+from grpo.weight_image import METADATA
 from learner.config import LoraConfig
 
 ADAPTER = "default"  # peft's name of a model's only set of adapters
+ADAPTER_FILE = "adapter_model.safetensors"
+NAME_PREFIX = "base_model.model."  # of every weight in such a file
 
 
 class LowRankAdapters:
@@ -34,9 +39,12 @@ class LowRankAdapters:
             lora_alpha=config.alpha,
             target_modules=config.target_modules if is_all else [*config.target_modules],
             lora_dropout=config.dropout,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=name,
         )
-        peft.inject_adapter_in_model(settings, model, ADAPTER)
-        self._layers = {
+        peft.inject_adapter_in_model(settings, model, ADAPTER)  # resolves all-linear to names
+        self._settings = settings
+        self._layers: dict[str, LoraLayer] = {
             f"{path}.weight": module
             for path, module in model.named_modules()
             if isinstance(module, LoraLayer)
@@ -57,11 +65,20 @@ class LowRankAdapters:
 
     def weights(self) -> list[nn.Parameter]:
         """Every A and B."""
-        return [
-            matrices[ADAPTER].weight
-            for layer in self._layers.values()
-            for matrices in (layer.lora_A, layer.lora_B)
-        ]
+        return list(self.named_weights().values())
+
+    def named_weights(self) -> dict[str, nn.Parameter]:
+        """Every A and B under the name that it has in the files of peft."""
+        return {
+            f"{NAME_PREFIX}{name.removesuffix('weight')}{kind}.weight": matrices[ADAPTER].weight
+            for name, layer in self._layers.items()
+            for kind, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+        }
+
+    def export(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """A folder that peft.PeftModel.from_pretrained and vLLM's LoRARequest load."""
+        self._settings.save_pretrained(str(folder))
+        save_file(weights, folder / ADAPTER_FILE, METADATA)
 
     @torch.no_grad()
     def merged(self, name: str, weight: Tensor) -> Tensor:

@@ -58,6 +58,10 @@ class Backend(Protocol):
         """All weights by name, some at a time, on every rank; each part until the next one."""
         ...
 
+    def whole_adapters(self) -> Iterator[Mapping[str, Tensor]]:
+        """Every A and B by name, in one part, on every rank; until the next part is asked for."""
+        ...
+
     def copied_state(self) -> dict[str, Tensor]:
         """This rank's pieces of master weights and optimiser state (learner/shards.py), on CPU."""
         ...

@@ -10,7 +10,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from grpo.config import Schema
-from grpo.types import DType
+from grpo.types import AdapterShape, DType
 
 
 class LoraConfig(Schema):
@@ -24,6 +24,16 @@ class LoraConfig(Schema):
         "all-linear: every linear layer but the output layer",
     )
     dropout: float = Field(0.0, description="0 only: a policy with dropout is not the one sampled")
+    publish: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="what the rollout workers get; merged: all weights with the adapters added; "
+        "adapter: A and B alone, which they apply beside the model's own weights",
+    )
+
+    @property
+    def shape(self) -> AdapterShape:
+        """What tells these adapters from others of the same model."""
+        return AdapterShape(rank=self.rank, alpha=self.alpha, target_modules=self.target_modules)
 
     @field_validator("dropout")
     @classmethod
@@ -103,6 +113,11 @@ class LearnerConfig(Schema):
     def rollout_dtype(self) -> DType:
         """publish_dtype, or dtype where it is not set."""
         return self.dtype if self.publish_dtype is None else self.publish_dtype
+
+    @property
+    def published_adapters(self) -> AdapterShape | None:
+        """What the rollout workers make room for; None: they get all weights."""
+        return self.lora.shape if self.lora is not None and self.lora.publish == "adapter" else None
 
     @model_validator(mode="after")
     def _torch_is_one_rank(self) -> Self:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from learner.config import LearnerConfig
 from learner.packing import Block
-from learner.policy import LogProbHead, Policy, policy_inputs
+from learner.policy import LogProbHead, Policy, adapters_of, policy_inputs
 from learner.shards import Piece, copied, restore, whole_pieces
 from learner.torch_backend import adamw
 from learner.weights import named_weights, trained_weights
@@ -114,6 +114,11 @@ class DeepSpeedBackend:
         for names in self._whole_buckets():
             for name, weight in names.items():
                 yield {name: self._policy.merged(name, weight)}
+
+    def whole_adapters(self) -> Iterator[dict[str, nn.Parameter]]:
+        weights = adapters_of(self._policy)
+        with self._gathered(list(weights.values())):
+            yield weights
 
     def copied_state(self) -> dict[str, Tensor]:
         if self._config.zero_stage == 0 and self._rank > 0:

@@ -7,6 +7,7 @@ L its length, N completion tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -41,8 +42,16 @@ class Adapters(Protocol):
         """All of them."""
         ...
 
+    def named_weights(self) -> dict[str, nn.Parameter]:
+        """The same by the names that peft's files have."""
+        ...
+
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """The weight of this name with what its adapter adds to it."""
+        ...
+
+    def export(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """Write copies of them for those who load peft's files."""
         ...
 
 
@@ -127,6 +136,12 @@ class Policy(nn.Module):
     @property
     def head(self) -> LogProbHead:
         return cast(LogProbHead, self.model.get_output_embeddings())
+
+
+def adapters_of(policy: Policy) -> dict[str, nn.Parameter]:
+    """Every A and B of a policy that has adapters, by name."""
+    assert policy.adapters is not None, "the policy has no adapters"
+    return policy.adapters.named_weights()
 
 
 def policy_inputs(block: Block, device: torch.device) -> dict[str, Any]:

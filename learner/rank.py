@@ -32,10 +32,11 @@ from learner.schedule import learning_rate_at
 from learner.snapshot import Snapshot, saved_numbers, saved_pieces, saved_reference
 from learner.torch_backend import TorchBackend
 from learner.update import Trainee, log_probs_of, run_step
-from learner.weight_images import WeightImages
+from learner.weight_images import WeightImages, adapter_images, model_images
 from learner.weights import as_saved, export, to_cpu
 
 EXPORT_FOLDER = "huggingface"
+ADAPTER_FOLDER = "adapter"
 
 
 class LearnerRank:
@@ -72,6 +73,7 @@ class LearnerRank:
         self._seed = seed
         self._dtype: torch.dtype = getattr(torch, config.rollout_dtype)
         self._steps_done = 0
+        self._adapters: Adapters | None = None  # None: all weights are trained
         self._images: WeightImages | None = None  # None: another rank publishes
         self._snapshot: Snapshot | None = None  # None: nothing waits to be written
 
@@ -88,11 +90,15 @@ class LearnerRank:
         torch.manual_seed(self._seed)
         policy = load_policy(self._model, self._config, temperature=self._temperature)
         self._pretrained = policy.model
-        if self._rank == 0:
-            self._images = WeightImages(policy.model, self._dtype)
+        published = self._config.published_adapters
+        if self._rank == 0 and published is None:
+            self._images = model_images(policy.model, self._dtype)
         initial = copy.deepcopy(policy) if self._copies_initial else None
         if self._config.lora is not None:
-            policy.adapters = attached(policy.model, self._config.lora, name=self._model)
+            self._adapters = attached(policy.model, self._config.lora, name=self._model)
+            policy.adapters = self._adapters
+            if self._rank == 0 and published is not None:
+                self._images = adapter_images(self._adapters.named_weights(), published)
         backend = make_backend(policy, self._config)
         self._moving_reference: Reference | None = None  # None: the model's files are all of it
         learnable = self._objective.learnable
@@ -141,8 +147,12 @@ class LearnerRank:
         return [found[place] for place in range(len(rows))]
 
     def publish(self, version: int) -> WeightBundle | None:
-        """The current weights, on rank 0; None on the others."""
-        parts = self._trainee.backend.whole_weights()
+        """The current weights, or adapters, on rank 0; None on the others."""
+        backend = self._trainee.backend
+        if self._config.published_adapters is None:
+            parts = backend.whole_weights()
+        else:
+            parts = backend.whole_adapters()
         if self._images is not None:
             return self._images.bundle(parts, version=version)
         for _ in parts:  # takes part in gathering them
@@ -154,7 +164,7 @@ class LearnerRank:
         numbers = {"steps_done": float(self._steps_done)}
         if self._trainee.scalar is not None:
             numbers["scalar"] = self._trainee.scalar.value
-        weights = self._gathered()
+        weights, adapters = self._gathered(), self._copied_adapters()
         is_first = self._rank == 0
         reference = self._moving_reference if is_first else None
         self._snapshot = Snapshot(
@@ -162,7 +172,7 @@ class LearnerRank:
             numbers=numbers,
             pieces=self._trainee.backend.copied_state(),
             reference={} if reference is None else reference.copied(),
-            export=partial(self._export, weights) if is_first else None,
+            export=partial(self._export, weights, adapters) if is_first else None,
         )
 
     def write(self, folder: str) -> list[str]:
@@ -218,9 +228,13 @@ class LearnerRank:
             raise Fatal("the driver sent a batch of a stage, but the objective has no `stage`")
         return replace(self._trainee, objective=self._objective.stage, scalar=None)
 
-    def _export(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def _export(
+        self, weights: dict[str, torch.Tensor], adapters: dict[str, torch.Tensor], folder: Path
+    ) -> None:
         path = folder / EXPORT_FOLDER
         export(weights, path, model=self._model, dtype=self._config.rollout_dtype)
+        if self._adapters is not None:
+            self._adapters.export(adapters, folder / ADAPTER_FOLDER)
 
     def _gathered(self) -> dict[str, torch.Tensor]:
         """A copy of all weights as transformers saves them, on rank 0; empty elsewhere."""
@@ -229,6 +243,17 @@ class LearnerRank:
             if self._rank == 0:
                 weights |= {name: to_cpu(weight, self._dtype) for name, weight in part.items()}
         return as_saved(self._pretrained, weights) if self._rank == 0 else {}
+
+    def _copied_adapters(self) -> dict[str, torch.Tensor]:
+        """A copy of every A and B on rank 0; empty elsewhere, and where there are none."""
+        if self._adapters is None:
+            return {}
+        return {
+            name: to_cpu(weight, torch.float32)
+            for part in self._trainee.backend.whole_adapters()
+            for name, weight in part.items()
+            if self._rank == 0
+        }
 
 
 def algorithm_objective(algorithm: Mapping[str, object]) -> Objective:

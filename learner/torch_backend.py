@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from learner.config import LearnerConfig
 from learner.packing import Block
-from learner.policy import LogProbHead, Policy, policy_inputs
+from learner.policy import LogProbHead, Policy, adapters_of, policy_inputs
 from learner.shards import Piece, copied, restore, whole_pieces
 from learner.weights import named_weights, trained_weights
 
@@ -90,6 +90,9 @@ class TorchBackend:
     def whole_weights(self) -> Iterator[dict[str, Tensor]]:
         for name, weight in named_weights(self._policy.model).items():
             yield {name: self._policy.merged(name, weight)}
+
+    def whole_adapters(self) -> Iterator[dict[str, nn.Parameter]]:
+        yield adapters_of(self._policy)
 
     def copied_state(self) -> dict[str, Tensor]:
         return copied(self._pieces(), self._optimizer)

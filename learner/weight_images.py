@@ -6,7 +6,8 @@ Refuses to know the optimiser, the ranks and who reads an image.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,23 +16,42 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.types import WeightBundle
+from grpo.types import AdapterShape, WeightBundle
 from grpo.weight_image import image_header, tensors_in
 from learner.weights import as_saved, copy_weights, empty_weights
 
+Weights = dict[str, Tensor]
+
+
+def model_images(model: PreTrainedModel, dtype: torch.dtype) -> WeightImages:
+    """Of all weights of a model, which must still be whole."""
+    return WeightImages(empty_weights(model, dtype), as_saved=partial(as_saved, model))
+
+
+def adapter_images(weights: Mapping[str, Tensor], shape: AdapterShape) -> WeightImages:
+    """Of every A and B, which must still be whole."""
+    room = {name: torch.empty_like(weight, device="cpu") for name, weight in weights.items()}
+    return WeightImages(room, as_saved=lambda weights: weights, adapters=shape)
+
 
 class WeightImages:
-    """Makes bundles of a model's weights; the header is made once, as shapes do not change.
+    """Makes bundles of weights; the header is made once, as shapes do not change.
 
     Fresh memory costs three times the copy into it, so an image whose bundle nobody holds any more
     is written over: two take turns where the readers share this process, one is enough elsewhere.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        """`model` must still be whole."""
-        self._model = model
-        weights = empty_weights(model, dtype)
-        saved = as_saved(model, weights)
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        as_saved: Callable[[Weights], Weights],
+        adapters: AdapterShape | None = None,
+    ) -> None:
+        """`weights` is room for all of them; `as_saved` gives them the names of the image."""
+        self._as_saved = as_saved
+        self._adapters = adapters
+        saved = as_saved(weights)
         self._header, self._num_bytes = image_header(saved)
         # Where transformers saves other tensors than the model has, these are gathered first.
         is_direct = saved.keys() == weights.keys() and all(
@@ -49,10 +69,13 @@ class WeightImages:
         for part in parts:
             copy_weights(part, image.weights if self._gathered is None else self._gathered)
         if self._gathered is not None:
-            copy_weights(as_saved(self._model, self._gathered), image.weights)
+            copy_weights(self._as_saved(self._gathered), image.weights)
         payload = image.lent()
         return WeightBundle(
-            version=version, payload=payload, checksum=xxhash.xxh3_64_intdigest(payload)
+            version=version,
+            payload=payload,
+            checksum=xxhash.xxh3_64_intdigest(payload),
+            adapters=self._adapters,
         )
 
 

@@ -61,6 +61,7 @@ def checked(recipe: Recipe, *, local: bool = False) -> Iterator[Finding]:
     tokenizers: list[Tokenization] = []
     if Path(recipe.model).is_dir() or model[0].ok:  # else the hub would be asked again, in vain
         yield from _tried("tokenizer", lambda: _tokenizer(recipe.model, tokenizers))
+        yield from _tried("adapters", lambda: _adapters(recipe))
     sets: list[PromptSet] = []  # those of data.train that can be read
     for setting, read in data_checks(recipe, tokenizers[0] if tokenizers else None, sets):
         yield from _tried(setting, read)
@@ -133,6 +134,20 @@ def _tokenizer(model: str, tokenizers: list[Tokenization]) -> str:
     vocabulary_fits(model, int(sample.max()), tokenizer.stop_ids)
     tokenizers.append(tokenizer)
     return f"ends answers with token {', '.join(map(str, tokenizer.stop_ids))}"
+
+
+def _adapters(recipe: Recipe) -> str | None:
+    lora = recipe.learner.lora
+    if lora is None:
+        return None
+    from rollout_workers.adapted_layers import adapted_layers  # loads torch
+
+    try:
+        layers = adapted_layers(recipe.model, lora.shape)
+    except (OSError, ValueError) as error:  # found under `model`, too
+        raise UserError(f"the layers of {recipe.model} cannot be told: {error}") from error
+    published = {"merged": "merged into all weights", "adapter": "by themselves"}[lora.publish]
+    return f"rank {lora.rank} beside {len(layers)} layers, published {published}"
 
 
 def _algorithm(recipe: Recipe, sets: Sequence[PromptSet]) -> str:

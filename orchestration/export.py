@@ -25,7 +25,9 @@ from orchestration.resume import known_runs
 from orchestration.run_directory import CONFIG_FILE, METRICS_FILE, write_json
 from orchestration.yaml_source import read_yaml
 
-MODEL_FOLDER = "huggingface"  # in a checkpoint
+# In a checkpoint.
+MODEL_FOLDER = "huggingface"
+ADAPTER_FOLDER = "adapter"
 ORIGIN_FILE = "covey_origin.json"
 RUNS = Path("runs")  # where a recipe without `output` makes its runs
 # How long things took says nothing about the model.
@@ -43,12 +45,20 @@ class Origin:
     metrics: dict[str, float]  # of this step, evaluations included
 
 
-def export_model(run_name: str, step_name: str, target: Path, *, force: bool) -> Origin:
-    """Copy the model of one step into `target`; it appears whole or not at all."""
+def export_model(
+    run_name: str, step_name: str, target: Path, *, force: bool, adapter: bool = False
+) -> Origin:
+    """Copy the model of one step, or its adapter, into `target`: whole or not at all."""
     run = _run_folder(run_name)
     step = _step(run, step_name)
     folder = checkpoint_folder(run, step)
-    damage = find_damage(folder, checksums=True, below=f"{MODEL_FOLDER}/")
+    part = ADAPTER_FOLDER if adapter else MODEL_FOLDER
+    if adapter and not (folder / part).is_dir():
+        raise UserError(
+            f"checkpoint {folder} holds no adapter: the run trained without learner.lora. Leave "
+            "--adapter out to export the whole model"
+        )
+    damage = find_damage(folder, checksums=True, below=f"{part}/")
     if damage is not None:
         raise UserError(f"checkpoint {folder} is damaged: {damage}. {_choice(run)}")
     _refuse_occupied(target, force=force)
@@ -56,14 +66,14 @@ def export_model(run_name: str, step_name: str, target: Path, *, force: bool) ->
     draft = target.with_name(f".{target.name}.draft")
     try:
         shutil.rmtree(draft, ignore_errors=True)
-        shutil.copytree(folder / MODEL_FOLDER, draft)
+        shutil.copytree(folder / part, draft)
         write_json(draft / ORIGIN_FILE, asdict(origin))
         if target.is_dir():
             shutil.rmtree(target)
         draft.rename(target)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise UserError(f"cannot copy {folder / MODEL_FOLDER} to {target}: {error}") from error
+        raise UserError(f"cannot copy {folder / part} to {target}: {error}") from error
     return origin
 
 
@@ -118,7 +128,8 @@ def _refuse_occupied(target: Path, *, force: bool) -> None:
             f"DIR is {target}, which is not empty; name a new folder, or replace this one with "
             "--force"
         )
-    if not (target / "config.json").is_file() or not any(target.glob("*.safetensors")):
+    has_config = any((target / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if not has_config or not any(target.glob("*.safetensors")):
         raise UserError(
             f"--force would delete {target}, which holds no model (config.json, *.safetensors); "
             "remove it yourself, or name a new folder"

@@ -162,7 +162,12 @@ class RayRolloutSpawner:
     def __init__(
         self, recipe: Recipe, model: str, max_model_len: int, environment: Mapping[str, str]
     ) -> None:
-        self._arguments = (model, recipe.rollout, max_model_len)
+        self._arguments = (
+            model,
+            recipe.rollout,
+            max_model_len,
+            recipe.learner.published_adapters,
+        )
         self._actor_class = ray.remote(RolloutWorker).options(
             num_cpus=recipe.rollout.cpus_per_worker,
             num_gpus=recipe.rollout.gpus_per_worker,

@@ -27,6 +27,7 @@ from orchestration.buffer import num_slots
 from orchestration.data_config import DataConfig
 from orchestration.simulation.config import SimulationConfig
 from reward_services.config import ScorerConfig
+from rollout_workers.adapter_limits import adapter_problems
 from rollout_workers.config import RolloutConfig
 
 HEALTHY_BFLOAT16_GAP = 1e-2  # mean |difference| measured between vLLM and transformers: 6e-3
@@ -287,6 +288,8 @@ def combination_problems(recipe: Recipe) -> Iterator[str]:
                 f"scorer of the recipe as its outcome: {', '.join({*names} - {scorer.name})}"
             )
     yield from _precision_problems(recipe)
+    if recipe.learner.published_adapters is not None:
+        yield from adapter_problems(recipe.rollout, recipe.learner.published_adapters)
     yield from _size_problems(recipe)
     yield from _algorithm_problems(recipe)
 

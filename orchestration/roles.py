@@ -247,7 +247,13 @@ def local_parts(recipe: Recipe) -> Parts:
     learner = local_learner(recipe, loading)
     return Parts(
         rollout_spawner=LocalRolloutSpawner(
-            lambda: RolloutWorker(recipe.model, recipe.rollout, recipe.max_model_len), loading
+            lambda: RolloutWorker(
+                recipe.model,
+                recipe.rollout,
+                recipe.max_model_len,
+                recipe.learner.published_adapters,
+            ),
+            loading,
         ),
         scorer_spawners={s.name: LocalScorerSpawner(s) for s in recipe.scorers},
         learner=learner,

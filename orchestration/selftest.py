@@ -22,6 +22,9 @@ from orchestration.group_task import rollout_seed
 from orchestration.weight_sync import Agreement, agreement, sync_weights
 
 MAX_GROUPS = 4  # a few hundred tokens already tell a wrong tensor from rounding
+# Adapters begin at zero, where a sync that loses them would not be seen: one step moves them away
+# at this rate, whose Adam steps are as large.
+FIRST_ADAPTER_RATE = 1e-2
 # The mean difference may grow by this factor and this much: other tokens round differently.
 GROWTH = 1.5
 ROUNDING: dict[DType, float] = {"float32": 1e-5, "bfloat16": 1e-3}
@@ -52,9 +55,13 @@ class SelftestReport:
 
 
 def selftest_recipe(recipe: Recipe) -> Recipe:
-    """The same engine and learner at rate 0, without scorers."""
-    learner = recipe.learner.model_copy(update={"learning_rate": 0.0})
-    return recipe.model_copy(update={"learner": learner, "scorers": ()})
+    """The same engine and learner at rate 0, with adapters from the second step on; no scorers."""
+    rate: dict[str, object] = {"learning_rate": 0.0}
+    if recipe.learner.lora is not None:  # falls from its rate to 0 within a run of one step
+        rate = {"learning_rate": FIRST_ADAPTER_RATE, "lr_scheduler_type": "linear"}
+        rate |= {"warmup_steps": 0}
+    learner = recipe.learner.model_copy(update=rate)
+    return recipe.model_copy(update={"learner": learner, "scorers": (), "steps": 1})
 
 
 def selftest_requests(
@@ -93,12 +100,15 @@ async def selftest(
     first: list[Rollout] = []
     before: list[list[float]] = []
     rows: list[TrainRow] = []
+    first_at_rest = 1 if recipe.learner.lora is None else 2
     for step in range(1, steps + 1):
         groups = await asyncio.gather(*[engine.sample(group) for group in requests])
         rollouts = [rollout for group in groups for rollout in group]
         gap = await agreement(learner, rollouts)
         if step == 1:
-            first, rows = rollouts, _rows(groups)
+            first = rollouts
+        if step == first_at_rest:
+            rows = _rows(groups)
             before = await learner.log_probs(rows)
         await learner.train(
             TrainBatch(step=step, version=step - 1, updates=(tuple(_rows(groups)),))
@@ -116,7 +126,7 @@ async def selftest(
         on_step(done[-1])
     groups = await asyncio.gather(*[engine.sample(group) for group in requests])
     after = await agreement(learner, [rollout for group in groups for rollout in group])
-    drift = _largest(before, await learner.log_probs(rows))
+    drift = _largest(before, await learner.log_probs(rows)) if before else 0.0
     limit = recipe.alarms.log_prob_gap
     moved = (
         *_moved_policy(done, drift),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -22,10 +22,12 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from grpo.errors import UserError, WeightMismatch, WorkerLost
-from grpo.types import LoadReport, Rollout, SampleRequest, WeightBundle
+from grpo.types import AdapterShape, LoadReport, Rollout, SampleRequest, WeightBundle
 from grpo.weight_image import tensors_in
+from rollout_workers.adapter_limits import refuse_other_kind
 from rollout_workers.completion import NOTHING, Sampled, check_room, is_complete, rollout
 from rollout_workers.config import RolloutConfig
+from rollout_workers.merged_adapters import MergedAdapters
 from rollout_workers.step_loop import StepLoop
 from rollout_workers.token_choice import choose
 from rollout_workers.tokenization import Tokenization
@@ -34,10 +36,18 @@ from rollout_workers.tokenization import Tokenization
 class TransformersEngine:
     """Generates with transformers; see `RolloutEngine` in grpo/engines.py."""
 
-    def __init__(self, model: str, config: RolloutConfig, max_model_len: int) -> None:
+    def __init__(
+        self,
+        model: str,
+        config: RolloutConfig,
+        max_model_len: int,
+        adapters: AdapterShape | None = None,
+    ) -> None:
+        """`adapters`: what all bundles hold; None: all weights."""
         self._model = model
         self._config = config
         self._max_model_len = max_model_len
+        self._adapters = adapters
         self._tokenization = Tokenization(model)
         self._loop = StepLoop("transformers-engine", self._build)
 
@@ -68,6 +78,7 @@ class TransformersEngine:
 
     async def load_weights(self, bundle: WeightBundle) -> LoadReport:
         """Swap the weights between two steps; running requests go on under the new ones."""
+        refuse_other_kind(bundle, self._adapters)
         asked = time.perf_counter()
         began, ended = await asyncio.wrap_future(
             self._loop.call(lambda decoder: decoder.load(bundle))
@@ -129,6 +140,7 @@ class _Decoder:
             raise UserError(f"model {model} cannot be loaded by transformers: {error}") from error
         self._device = torch.device("cuda" if config.gpus_per_worker > 0 else "cpu")
         self._model.to(self._device).eval()
+        self._merged = MergedAdapters(self._model)
         self._max_rows = config.max_concurrent_rollouts
         self._stop_ids = frozenset(stop_ids)
         self._version = 0
@@ -172,20 +184,26 @@ class _Decoder:
                 f"{checksum:016x}, but were sent with {bundle.checksum:016x}; they were not used"
             )
         image = tensors_in(bundle.payload)
+        if bundle.adapters is None:
+            self._take_weights(image, bundle.version)
+        else:
+            self._merged.add(image, bundle.adapters)
+        self._version = bundle.version
+        self._cache = None
+        return began, time.perf_counter()
+
+    def _take_weights(self, image: Mapping[str, Tensor], version: int) -> None:
         state = self._model.state_dict()
         wanted = {name for name, _ in self._model.named_parameters()}  # a tied head counts once
         missing = sorted(wanted - image.keys())
         unknown = sorted(image.keys() - state.keys())
         if missing or unknown:
             raise WeightMismatch(
-                f"weights of version {bundle.version} do not fit the model: missing "
-                f"{missing[:3]}, unknown {unknown[:3]}"
+                f"weights of version {version} do not fit the model: missing {missing[:3]}, "
+                f"unknown {unknown[:3]}"
             )
         for name, weight in image.items():
             state[name].copy_(weight)
-        self._version = bundle.version
-        self._cache = None
-        return began, time.perf_counter()
 
     def _admit(self) -> None:
         running = [row for row in self._rows if not row.done.cancelled()]

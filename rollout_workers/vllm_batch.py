@@ -13,13 +13,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from grpo.errors import WorkerLost
-from grpo.types import Int32
+from grpo.errors import UserError, WorkerLost
+from grpo.types import Int32, WeightBundle
+from rollout_workers.adapter_limits import INSTEAD
 from rollout_workers.completion import Sampled
-from rollout_workers.vllm_weights import ReceivedChecksum
+from rollout_workers.vllm_adapters import THE_ADAPTERS
+from rollout_workers.vllm_weights import WorkerExtension
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,13 +40,27 @@ class VllmBatch:
         self._engine = engine
         self._running: dict[str, _Running] = {}
         self._version = 0
+        self._adapters: LoRARequest | None = None  # None: requests run under the weights alone
         engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+
+    def prepare_adapters(self, layers: Sequence[str], rank: int) -> None:
+        """Have all requests run under adapters beside these layers; they add nothing yet."""
+        call = WorkerExtension.prepare_adapters.__name__
+        missing = self._engine.collective_rpc(call, args=(list(layers), rank))[0]
+        if missing:
+            names = sorted({layer.rpartition(".")[2] for layer in missing})
+            raise UserError(
+                f"vLLM can put no adapter beside {', '.join(names)} of this model: leave them out "
+                f"of learner.lora.target_modules, {INSTEAD}"
+            )
+        self._adapters = THE_ADAPTERS
 
     def add(
         self, name: str, prompt: Sequence[int], params: SamplingParams, done: Future[Sampled]
     ) -> None:
         """Sample a completion into `done`; `name` must be new."""
-        self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+        tokens = {"prompt_token_ids": list(prompt)}
+        self._engine.add_request(name, tokens, params, lora_request=self._adapters)
         self._running[name] = _Running(done=done, starts=[(self._version, 0)])
 
     def abort(self, name: str) -> None:
@@ -66,16 +83,21 @@ class VllmBatch:
         self._running.clear()
         self._engine.engine_core.shutdown()
 
-    def receive(self, image: NDArray[np.uint8] | Path, checksum: int) -> list[int]:
-        """Load weights from an image or its file; the checksum that each of vLLM's workers found.
+    def receive(self, image: NDArray[np.uint8] | Path, bundle: WeightBundle) -> list[int]:
+        """Load a bundle from its image or a file of it; the checksum that each worker found.
 
-        Where it is not `checksum` the weights stay as they were.
+        Where it is not the bundle's the weights stay as they were.
         """
-        engine = self._engine
+        engine, received = self._engine, list[int]()
+        if bundle.adapters is not None:
+            arguments = (image, bundle.checksum, bundle.adapters)
+            call = WorkerExtension.receive_adapters.__name__
+            received = engine.collective_rpc(call, args=arguments)
+            return received
         engine.collective_rpc("start_weight_update")
-        update = {"image": image, "checksum": checksum}
+        update = {"image": image, "checksum": bundle.checksum}
         engine.collective_rpc("update_weights", kwargs={"update_info": update})
-        received: list[int] = engine.collective_rpc(ReceivedChecksum.received_checksum.__name__)
+        received = engine.collective_rpc(WorkerExtension.received_checksum.__name__)
         engine.collective_rpc("finish_weight_update")
         return received
 

@@ -19,8 +19,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig
 from vllm import ModelRegistry, SamplingParams
@@ -31,13 +33,15 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from grpo.errors import BadInput, WeightMismatch
-from grpo.types import LoadReport, Rollout, SampleRequest, WeightBundle
+from grpo.types import AdapterShape, LoadReport, Rollout, SampleRequest, WeightBundle
+from rollout_workers.adapted_layers import adapted_layers
+from rollout_workers.adapter_limits import refuse_other_kind, vllm_rank
 from rollout_workers.completion import NOTHING, Sampled, check_room, is_complete, rollout
 from rollout_workers.config import RolloutConfig
 from rollout_workers.step_loop import StepLoop
 from rollout_workers.tokenization import Tokenization
 from rollout_workers.vllm_batch import VllmBatch
-from rollout_workers.vllm_weights import BACKEND, ReceivedChecksum
+from rollout_workers.vllm_weights import BACKEND, WorkerExtension
 
 SHARED_MEMORY = Path("/dev/shm")
 CPU_BLOCK_TOKENS = 32  # unit of prefix sharing; vLLM's 128 on the CPU is longer than most prompts
@@ -56,10 +60,18 @@ class _Swap:
 class VllmEngine:
     """Generates with vLLM; see `RolloutEngine` in grpo/engines.py for what the methods promise."""
 
-    def __init__(self, model: str, config: RolloutConfig, max_model_len: int) -> None:
+    def __init__(
+        self,
+        model: str,
+        config: RolloutConfig,
+        max_model_len: int,
+        adapters: AdapterShape | None = None,
+    ) -> None:
+        """`adapters`: what all bundles hold; None: all weights."""
         self._model = model
         self._config = config
         self._max_model_len = max_model_len
+        self._adapters = adapters
         self._names = itertools.count()
         self._tokenization = Tokenization(model)
         self._loop = StepLoop("vllm-engine", self._build)
@@ -85,6 +97,7 @@ class VllmEngine:
 
     async def load_weights(self, bundle: WeightBundle) -> LoadReport:
         """Swap the weights between two steps; running requests go on under the new ones."""
+        refuse_other_kind(bundle, self._adapters)
         asked = time.perf_counter()
         with contextlib.ExitStack() as files:
             image: NDArray[np.uint8] | Path = bundle.payload
@@ -144,7 +157,8 @@ class VllmEngine:
         )
 
     def _build(self) -> VllmBatch:
-        config = self._config
+        config, adapters = self._config, self._adapters
+        layers = [] if adapters is None else adapted_layers(self._model, adapters)
         if config.gpus_per_worker == 0:
             _inspect_here(self._model)
         engine = LLMEngine.from_engine_args(
@@ -165,10 +179,11 @@ class VllmEngine:
                 generation_config="vllm",  # no sampling defaults from the model's folder
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
-                worker_extension_cls=f"{ReceivedChecksum.__module__}.{ReceivedChecksum.__name__}",
+                worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
                 tensor_parallel_size=config.tensor_parallel_size,
                 distributed_executor_backend="uni" if config.tensor_parallel_size == 1 else "mp",
+                **({} if adapters is None else _room_for(adapters, layers, config)),
                 **(
                     _on_gpu(config)
                     if config.gpus_per_worker
@@ -176,7 +191,10 @@ class VllmEngine:
                 ),
             )
         )
-        return VllmBatch(engine)
+        batch = VllmBatch(engine)
+        if adapters is not None:
+            batch.prepare_adapters(layers, adapters.rank)
+        return batch
 
 
 def _inspect_here(model: str) -> None:
@@ -194,7 +212,7 @@ def _inspect_here(model: str) -> None:
 def _swap(batch: VllmBatch, image: NDArray[np.uint8] | Path, bundle: WeightBundle) -> _Swap:
     """Runs in the engine's thread, between two steps: nothing is being generated."""
     began = time.perf_counter()
-    for checksum in batch.receive(image, bundle.checksum):
+    for checksum in batch.receive(image, bundle):
         if checksum != bundle.checksum:
             raise WeightMismatch(
                 f"weights of version {bundle.version} arrived in the engine with xxh3 "
@@ -203,6 +221,19 @@ def _swap(batch: VllmBatch, image: NDArray[np.uint8] | Path, bundle: WeightBundl
     loaded = time.perf_counter()
     batch.set_version(bundle.version)
     return _Swap(began=began, loaded=loaded, ended=time.perf_counter())
+
+
+def _room_for(
+    adapters: AdapterShape, layers: Sequence[str], config: RolloutConfig
+) -> dict[str, Any]:
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": vllm_rank(adapters.rank),
+        "lora_target_modules": sorted({layer.rpartition(".")[2] for layer in layers}),
+        # As the learner holds them; vLLM's kernels on GPUs take only the dtype of the weights.
+        "lora_dtype": "auto" if config.gpus_per_worker else torch.float32,
+    }
 
 
 def _on_gpu(config: RolloutConfig) -> dict[str, float]:

@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from grpo.weight_image import tensors_in
+from rollout_workers.vllm_adapters import AdapterSlot
 
 BACKEND = "covey_image"
 
@@ -90,7 +91,7 @@ def _repack_heads(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-class ReceivedChecksum:
+class WorkerExtension(AdapterSlot):
     """Mixed into vLLM's worker class: lets the rollout worker ask what arrived there."""
 
     weight_transfer_engine: ImageTransfer

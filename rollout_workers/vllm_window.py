@@ -6,6 +6,7 @@ Refuses to know what the interfaces are used for.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from importlib.util import find_spec
 
@@ -44,10 +45,24 @@ INTERFACES = {
         "Worker.finish_weight_update",
     ),
 }
+# What adapters beside the weights need (vllm_adapters.py).
+ADAPTER_INTERFACES = {
+    "vllm.lora.layers.base_linear": ("BaseLinearLayerWithLoRA.set_mapping",),
+    "vllm.lora.lora_model": ("LoRAModel.from_lora_tensors",),
+    "vllm.lora.model_manager": (
+        "LoRAModelManager.activate_adapter",
+        "LoRAModelManager.add_adapter",
+        "LoRAModelManager.create_dummy_lora",
+        "LoRAModelManager.remove_adapter",
+    ),
+    "vllm.lora.peft_helper": ("PEFTHelper",),
+    "vllm.lora.request": ("LoRARequest",),
+    "vllm.model_executor.models.utils": ("WeightsMapper.get_rename_mapper",),
+}
 REMEDY = "or set rollout.engine to transformers"
 
 
-def require_vllm() -> None:
+def require_vllm(*, with_adapters: bool) -> None:
     """Refuse a vLLM that is missing, outside the window, or without what the weight sync needs."""
     if find_spec("vllm") is None:
         raise UserError(
@@ -55,6 +70,8 @@ def require_vllm() -> None:
         )
     check_version(importlib.import_module("vllm").__version__)
     check_interfaces()
+    if with_adapters:
+        check_interfaces(ADAPTER_INTERFACES)
 
 
 def check_version(version: str) -> None:
@@ -67,11 +84,11 @@ def check_version(version: str) -> None:
         )
 
 
-def check_interfaces() -> None:
-    """Refuse a vLLM that lacks a part of the weight-transfer API, and name the part."""
+def check_interfaces(interfaces: Mapping[str, Sequence[str]] = INTERFACES) -> None:
+    """Refuse a vLLM that lacks a part of what the weight sync calls, and name the part."""
     missing = [
         f"{module}.{name}"
-        for module, names in INTERFACES.items()
+        for module, names in interfaces.items()
         for name in names
         if not _exists(module, name)
     ]

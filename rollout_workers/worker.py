@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from grpo.errors import CoveyError, Fatal, UserError
-from grpo.types import LoadReport, Rollout, SampleRequest, WeightBundle
+from grpo.types import AdapterShape, LoadReport, Rollout, SampleRequest, WeightBundle
 from rollout_workers.config import RolloutConfig
 from rollout_workers.environment import engine_environment
 
@@ -34,7 +34,15 @@ class Engine(Protocol):
 class RolloutWorker:
     """Generates rollouts with one engine; `start` before anything else."""
 
-    def __init__(self, model: str, config: RolloutConfig, max_model_len: int) -> None:
+    def __init__(
+        self,
+        model: str,
+        config: RolloutConfig,
+        max_model_len: int,
+        adapters: AdapterShape | None = None,
+    ) -> None:
+        """`adapters`: what all bundles hold; None: all weights."""
+        self._adapters = adapters
         self._model = model
         self._config = config
         self._max_model_len = max_model_len
@@ -45,7 +53,7 @@ class RolloutWorker:
         what = f"the rollout engine cannot start with model {self._model}"
         with _classified(what, (ValueError, OSError), UserError):
             self._engine = await asyncio.to_thread(
-                _engine, self._model, self._config, self._max_model_len
+                _engine, self._model, self._config, self._max_model_len, self._adapters
             )
             await self._engine.start()
 
@@ -69,21 +77,24 @@ class RolloutWorker:
         return self._engine
 
 
-def _engine(model: str, config: RolloutConfig, max_model_len: int) -> Engine:
+def _engine(
+    model: str, config: RolloutConfig, max_model_len: int, adapters: AdapterShape | None
+) -> Engine:
     # Imported here because each costs seconds and a worker needs only one of them. vLLM reads
     # the environment when it is imported; who started this process may have set it already.
     if config.engine == "transformers":
         from rollout_workers.transformers_engine import TransformersEngine
 
-        return TransformersEngine(model, config, max_model_len)
+        return TransformersEngine(model, config, max_model_len, adapters)
     for name, value in engine_environment(config, model).items():
         os.environ.setdefault(name, value)
     from rollout_workers.vllm_window import require_vllm
 
-    require_vllm()  # before the import below, which an older vLLM would fail
+    # Before the import below, which an older vLLM would fail.
+    require_vllm(with_adapters=adapters is not None)
     from rollout_workers.vllm_engine import VllmEngine
 
-    return VllmEngine(model, config, max_model_len)
+    return VllmEngine(model, config, max_model_len, adapters)
 
 
 @contextmanager

@@ -21,6 +21,11 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("step", metavar="STEP", help="a number, latest or best")
     parser.add_argument("target", metavar="DIR", type=Path, help="a new or an empty folder")
     parser.add_argument("--force", action="store_true", help="replace the model that DIR holds")
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="the adapter alone, of a run with learner.lora: peft and vLLM load the folder",
+    )
     parser.add_argument("--json", action="store_true", help="print where it came from, as JSON")
     options = parser.parse_args(arguments)
 
@@ -30,7 +35,9 @@ def run(arguments: Sequence[str]) -> int:
     from orchestration.export import export_model
 
     target = options.target.absolute()
-    origin = export_model(options.run, options.step, target, force=options.force)
+    origin = export_model(
+        options.run, options.step, target, force=options.force, adapter=options.adapter
+    )
     if options.json:
         say(json.dumps({"path": str(target), **asdict(origin)}, indent=2))
     else:

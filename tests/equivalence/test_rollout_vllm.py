@@ -152,7 +152,7 @@ def test_weights_arrive_through_a_file_where_vllm_s_workers_are_other_processes(
     assert isinstance(engine, VllmEngine)
     sent = bundle(other, 9)
     file = _write_image(sent)
-    received = engine._loop.call(lambda batch: batch.receive(file, sent.checksum)).result()
+    received = engine._loop.call(lambda batch: batch.receive(file, sent)).result()
     file.unlink()
     assert received == [sent.checksum]
     engine._loop.call(lambda batch: batch.set_version(9)).result()

@@ -38,6 +38,7 @@ from tests.unit.rollout_models import make_model
 
 STEPS = 3
 SPOILT = "model.layers.1.mlp.down_proj.weight"
+SPOILT_ADAPTER = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
 PROMPTS = [
     Prompt(id=str(n), text="", tokens=np.arange(5 + n, 12 + 3 * n, dtype=np.int32))
     for n in range(4)
@@ -45,11 +46,13 @@ PROMPTS = [
 
 
 class SpoilingLearner:
-    """Publishes one tensor 2 % too large, with the right checksum of the wrong weights."""
+    """Publishes one tensor too large, with the right checksum of the wrong weights."""
 
-    def __init__(self, learner: Learner, *, from_version: int) -> None:
+    def __init__(self, learner: Learner, *, from_version: int, name: str, factor: float) -> None:
         self._learner = learner
         self._from_version = from_version
+        self._name = name
+        self._factor = factor
 
     async def train(self, batch: TrainBatch) -> StepReport:
         return await self._learner.train(batch)
@@ -61,11 +64,12 @@ class SpoilingLearner:
         ref = await self._learner.publish(version)
         if version < self._from_version:
             return ref
-        weights = safetensors.torch.load(cast(WeightBundle, ref.location).payload.tobytes())
-        weights[SPOILT] *= 1.02
+        whole = cast(WeightBundle, ref.location)
+        weights = safetensors.torch.load(whole.payload.tobytes())
+        weights[self._name] *= self._factor
         payload = np.frombuffer(safetensors.torch.save(weights, {"format": "pt"}), np.uint8)
         checksum = xxhash.xxh3_64_intdigest(payload)
-        bundle = WeightBundle(version=version, payload=payload, checksum=checksum)
+        bundle = replace(whole, payload=payload, checksum=checksum)
         return replace(ref, checksum=checksum, location=bundle)
 
 
@@ -98,12 +102,15 @@ async def report_of(recipe: Recipe, roles: Roles, learner: object) -> SelftestRe
     )
 
 
-async def whole_and_spoilt(recipe: Recipe) -> tuple[SelftestReport, SelftestReport]:
+async def whole_and_spoilt(
+    recipe: Recipe, *, name: str, factor: float
+) -> tuple[SelftestReport, SelftestReport]:
     """The same roles twice: as they are, then with a sync that is spoilt from step 2 on."""
     async with started_roles(recipe, local=True, waits=Waits(), on_phase=lambda _: None) as roles:
         whole = await report_of(recipe, roles, roles.learner)
         await roles.engine.load_weights(await roles.learner.publish(0))  # begin anew
-        spoilt = await report_of(recipe, roles, SpoilingLearner(roles.learner, from_version=2))
+        learner = SpoilingLearner(roles.learner, from_version=2, name=name, factor=factor)
+        spoilt = await report_of(recipe, roles, learner)
     return whole, spoilt
 
 
@@ -113,7 +120,8 @@ def test_nothing_moves_until_a_tensor_of_the_sync_is_spoilt(
     engine: str, is_tied: bool, tmp_path: Path
 ) -> None:
     model = make_model(tmp_path, tied=is_tied)
-    whole, spoilt = asyncio.run(whole_and_spoilt(a_recipe(model, engine)))
+    recipe = a_recipe(model, engine)
+    whole, spoilt = asyncio.run(whole_and_spoilt(recipe, name=SPOILT, factor=1.02))
     assert whole.moved == ()
     assert len({step.checksum for step in whole.steps}) == 1
     assert max(step.gap.mean for step in whole.steps) < 1e-5
@@ -123,6 +131,23 @@ def test_nothing_moves_until_a_tensor_of_the_sync_is_spoilt(
     assert "the difference moved" in said and "after the sync of step 2" in said
     assert spoilt.steps[1].gap.mean < 1e-5  # the sync of step 1 was whole
     assert min(spoilt.after.mean, spoilt.steps[2].gap.mean) > 1e-4
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_adapters_stay_where_the_first_step_left_them_until_one_is_spoilt(
+    engine: str, tmp_path: Path
+) -> None:
+    model = make_model(tmp_path, tied=True)
+    learner = {"backend": "torch", "lora": {"rank": 4, "publish": "adapter"}}
+    recipe = a_recipe(model, engine, learner=learner)
+    whole, spoilt = asyncio.run(whole_and_spoilt(recipe, name=SPOILT_ADAPTER, factor=2.0))
+    assert whole.moved == ()
+    assert len({step.checksum for step in whole.steps}) == 1
+    assert max(step.gap.mean for step in whole.steps) < 1e-5
+    assert whole.steps[1].num_equal < 16  # the policy did move before it came to rest
+    said = " ".join(spoilt.moved)
+    assert "the difference moved" in said and "after the sync of step 2" in said
+    assert spoilt.steps[1].gap.mean < 1e-5  # the sync of step 1 was whole
 
 
 def test_a_learner_that_moves_its_weights_is_found(tmp_path: Path) -> None:

@@ -132,3 +132,18 @@ def save(learner: LearnerRank, folder: Path) -> None:
     """Both halves of a checkpoint, one after the other."""
     learner.snapshot()
     learner.write(str(folder))
+
+
+def merged_weights(
+    base: dict[str, torch.Tensor], adapters: dict[str, torch.Tensor], *, scale: float
+) -> dict[str, torch.Tensor]:
+    """Weights of a model with adapters added, whose names are those of peft's files."""
+    merged = dict(base)
+    for name in base:
+        a, b = (
+            adapters.get(f"base_model.model.{name.removesuffix('weight')}{kind}.weight")
+            for kind in ("lora_A", "lora_B")
+        )
+        if a is not None and b is not None:
+            merged[name] = base[name] + scale * b @ a
+    return merged

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import peft
 import safetensors.torch
 import torch
 import xxhash
@@ -17,7 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from grpo.types import Rollout, SampleRequest, Sampling, WeightBundle
+from grpo.types import AdapterShape, Rollout, SampleRequest, Sampling, WeightBundle
 
 MAX_MODEL_LEN = 256
 EOS_ID = 256
@@ -69,6 +70,38 @@ def policy(folder: str, *, seed: int) -> PreTrainedModel:
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data.add_(noise, alpha=0.05 if seed else 0.0)
     return model.eval()
+
+
+def adapted(
+    folder: str, shape: AdapterShape, *, seed: int, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The saved model with random adapters beside it, far from zero."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    targets = shape.target_modules
+    settings = peft.LoraConfig(
+        r=shape.rank,
+        lora_alpha=shape.alpha,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        init_lora_weights=False,  # else B would be zero
+    )
+    torch.manual_seed(seed)
+    peft.inject_adapter_in_model(settings, model)
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:
+            weight.data = weight.data.float()
+    return model.eval()
+
+
+def adapter_bundle(model: PreTrainedModel, shape: AdapterShape, version: int) -> WeightBundle:
+    """The adapters of such a model under the names that peft gives them in a file."""
+    weights = {
+        f"base_model.model.{name.replace('.default.', '.')}": weight.data
+        for name, weight in model.named_parameters()
+        if ".lora_" in name
+    }
+    payload = np.frombuffer(safetensors.torch.save(weights), np.uint8)
+    checksum = xxhash.xxh3_64_intdigest(payload)
+    return WeightBundle(version=version, payload=payload, checksum=checksum, adapters=shape)
 
 
 def bundle(model: PreTrainedModel, version: int) -> WeightBundle:

@@ -7,6 +7,7 @@ import json
 from datetime import datetime
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,6 +66,48 @@ def test_the_exported_model_has_the_logits_of_the_learner(tmp_path: Path) -> Non
     assert torch.equal(found, expected)
     assert not torch.equal(found, AutoModelForCausalLM.from_pretrained(model)(tokens).logits)
     assert AutoTokenizer.from_pretrained(target)("ha")["input_ids"] == [9, 2]
+
+
+def test_the_exported_adapter_makes_the_base_the_exported_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "model", tied=True)
+    learner = rank_of(model, torch_config(lora={"rank": 3, "alpha": 5}))
+    rows = random_rows(4)
+    learner.train(batch_of(rows))
+    directory = RunDirectory.create(
+        tmp_path, "real", now=datetime(2026, 3, 4), config=CONFIG, versions={}
+    )
+    directory.close()
+    save(directory.path, 1, learner=LocalLearner(learner, asyncio.Lock()))
+    whole, adapter = tmp_path / "whole", tmp_path / "adapter"
+    assert cli.main(["export", str(directory.path), "1", str(whole)]) == 0
+    for more in ((), ("--force",)):
+        wanted = ["export", str(directory.path), "1", str(adapter), "--adapter", *more]
+        assert cli.main(wanted) == 0
+    assert {file.name for file in adapter.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "covey_origin.json"
+    }  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(model)
+    tokens = torch.tensor([[*rows[0].context.tolist(), *rows[0].tokens.tolist()]])
+    with torch.no_grad():
+        before = base(tokens).logits
+        found = peft.PeftModel.from_pretrained(base, adapter)(tokens).logits
+        expected = AutoModelForCausalLM.from_pretrained(whole)(tokens).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    assert (found - before).abs().max() > 1e-2
+    (directory.path / "checkpoints/step_1/adapter/adapter_model.safetensors").write_bytes(b"w")
+    message = refusal(capsys, directory.path, "1", adapter, "--adapter", "--force")
+    assert "damaged: adapter/adapter_model.safetensors" in message
+
+
+def test_a_run_without_lora_has_no_adapter_to_export(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(capsys, run, "latest", tmp_path / "out", "--adapter")
+    assert "step_4 holds no adapter: the run trained without learner.lora" in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_step_is_named_by_number_or_by_marker(

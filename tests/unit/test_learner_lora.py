@@ -12,19 +12,22 @@ import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load, load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.errors import UserError
-from grpo.types import TrainRow
+from grpo.types import AdapterShape, TrainRow
 from learner.config import LearnerConfig, LoraConfig
 from learner.packing import blocks
 from learner.rank import LearnerRank
 from learner.reference import WithoutAdapters
+from orchestration.check import Finding, checked
 from orchestration.recipe import Recipe
+from rollout_workers.adapter_limits import vllm_rank
 from tests.unit.learner_cases import (
     EVERYTHING,
     GRPO,
     batch_of,
+    merged_weights,
     random_rows,
     rank_of,
     save,
@@ -32,7 +35,7 @@ from tests.unit.learner_cases import (
     write_model,
 )
 from tests.unit.learner_objectives import WHOLE_GROUPS
-from tests.unit.small_project import settings
+from tests.unit.small_project import MODEL, settings
 
 LORA = {"rank": 4, "alpha": 8}
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -80,6 +83,70 @@ def test_the_exported_model_is_the_policy_under_the_names_of_the_base(
     for unmerged, of_export, of_base in values:
         assert unmerged == pytest.approx(of_export, abs=1e-4)
         assert unmerged != pytest.approx(of_base, abs=1e-2)
+
+
+def test_what_is_published_as_adapters_is_what_makes_the_base_the_merged_model(
+    model: str, tmp_path: Path
+) -> None:
+    merged = published(trained(model, lora_config()))
+    learner = trained(model, lora_config(lora={**LORA, "publish": "adapter"}))
+    bundle = learner.publish(3)
+    assert bundle is not None
+    assert bundle.adapters == AdapterShape(rank=4, alpha=8, target_modules="all-linear")
+    weights = load(bundle.payload.tobytes())
+    base = load_file(Path(model) / "model.safetensors")
+    adapted = merged_weights(base, weights, scale=8 / 4)
+    assert adapted.keys() == merged.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(adapted[name], weight, atol=1e-6, rtol=1e-6)
+    save(learner, tmp_path)
+    in_checkpoint = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert in_checkpoint.keys() == weights.keys()
+    assert all(weight.equal(weights[name]) for name, weight in in_checkpoint.items())
+    learner.train(batch_of(random_rows(8, seed=5), step=2))
+    assert all(weight.equal(weights[name]) for name, weight in in_checkpoint.items())  # a copy
+    later = published(learner)
+    assert not any(later[name].equal(weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "lora", "problem"),
+    [
+        ({"engine": "vllm"}, {"rank": 600}, r"rank is 600, but vLLM .* 512 at most: lower it, or"),
+        (
+            {"engine": "vllm", "gpus_per_worker": 1},
+            {},
+            r"dtype: bfloat16, or set .*publish: merged",
+        ),
+    ],
+)
+def test_adapters_that_vllm_cannot_apply_are_refused_with_the_remedy(
+    rollout: dict[str, object], lora: dict[str, object], problem: str
+) -> None:
+    learner = {"backend": "torch", "lora": {**lora, "publish": "adapter"}}
+    with pytest.raises(ValidationError, match=problem):
+        Recipe.model_validate(settings(rollout=rollout, learner=learner))
+    learner = {"backend": "torch", "lora": lora}
+    assert Recipe.model_validate(settings(rollout=rollout, learner=learner))
+
+
+def test_vllm_makes_room_for_the_next_rank_that_it_has() -> None:
+    assert [vllm_rank(rank) for rank in (1, 2, 8, 12, 257, 512)] == [1, 8, 8, 16, 320, 512]
+
+
+def test_check_says_which_layers_get_adapters_and_refuses_a_name_that_is_none() -> None:
+    def finding(**lora: object) -> Finding:
+        recipe = Recipe.model_validate(settings(learner={"backend": "torch", "lora": lora}))
+        return next(found for found in checked(recipe, local=True) if found.name == "adapters")
+
+    layers = AutoConfig.from_pretrained(MODEL).num_hidden_layers
+    found = finding(rank=4, target_modules=["q_proj", "up_proj"], publish="adapter")
+    assert found.detail == f"rank 4 beside {2 * layers} layers, published by themselves"
+    assert (
+        finding().detail == f"rank 16 beside {7 * layers} layers, published merged into all weights"
+    )
+    refused = finding(target_modules=["c_attn"])
+    assert not refused.ok and "names 'c_attn', which is no linear layer" in refused.detail
 
 
 def test_only_adapters_move_and_have_state(model: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.weight_image import image_header, tensors_in
-from learner.weight_images import WeightImages
+from learner.weight_images import model_images
 from learner.weights import named_weights
 from tests.unit.rollout_models import make_model, policy
 
@@ -31,7 +31,7 @@ def test_safetensors_reads_the_weights_in_the_dtype_of_the_rollouts(
     model: str, dtype: torch.dtype
 ) -> None:
     policy_ = policy(model, seed=1)
-    bundle = WeightImages(policy_, dtype).bundle(parts(policy_), version=1)
+    bundle = model_images(policy_, dtype).bundle(parts(policy_), version=1)
     found = load(bundle.payload.tobytes())
     expected = named_weights(policy_)
     assert found.keys() == expected.keys()
@@ -58,7 +58,7 @@ def test_mixed_types_and_empty_tensors_lie_where_the_header_says() -> None:
 
 
 def test_a_version_that_somebody_holds_is_not_written_over(model: str) -> None:
-    images = WeightImages(policy(model, seed=0), torch.float32)
+    images = model_images(policy(model, seed=0), torch.float32)
     old = images.bundle(parts(policy(model, seed=0)), version=0)
     held = tensors_in(old.payload)["model.norm.weight"]  # a tensor alone holds its image, too
     place, before = old.payload.ctypes.data, held.clone()
