@@ -202,16 +202,18 @@ async def started_learner(
             await local.close()
         return
     # Imported here: one rank needs no Ray.
-    from orchestration import handles
+    from orchestration import cluster, learner_handles
 
     on_phase(f"starting Ray and {recipe.learner.ranks} learner ranks")
-    handles.connect(recipe)
+    cluster.connect(recipe)
     try:
-        learner = handles.RayLearner(recipe, thread_environment(recipe.learner.cpus_per_rank))
+        learner = learner_handles.RayLearner(
+            recipe, thread_environment(recipe.learner.cpus_per_rank)
+        )
         await learner.start(_learner_arguments(recipe))
         yield learner
     finally:
-        handles.disconnect()
+        cluster.disconnect()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,13 +279,13 @@ def local_learner(recipe: Recipe, loading: asyncio.Lock) -> LocalLearner:
 
 def _cluster_parts(recipe: Recipe) -> Parts:
     # Imported here: a local run needs no Ray.
-    from orchestration import handles
+    from orchestration import cluster, handles, learner_handles
 
-    handles.connect(recipe)
-    learner = handles.RayLearner(recipe, thread_environment(recipe.learner.cpus_per_rank))
+    cluster.connect(recipe)
+    learner = learner_handles.RayLearner(recipe, thread_environment(recipe.learner.cpus_per_rank))
 
     async def close() -> None:
-        handles.disconnect()
+        cluster.disconnect()
 
     return Parts(
         rollout_spawner=handles.RayRolloutSpawner(
@@ -297,5 +299,5 @@ def _cluster_parts(recipe: Recipe) -> Parts:
         start_learner=lambda: learner.start(_learner_arguments(recipe)),
         restartable=learner,
         close=close,
-        room=handles.room,
+        room=cluster.room,
     )

@@ -76,7 +76,8 @@ def test_actor_packages_import_neither_each_other_nor_the_orchestration(package:
 
 
 def test_ray_is_imported_by_the_handles_and_the_job_client_only() -> None:
-    assert set(importers("ray")) <= {"orchestration/handles.py", "orchestration/submit.py"}
+    actors = {f"orchestration/{name}.py" for name in ("cluster", "handles", "learner_handles")}
+    assert set(importers("ray")) <= actors | {"orchestration/submit.py"}
 
 
 def test_vllm_is_imported_in_rollout_workers_and_by_the_judges_process_only() -> None:

@@ -1,0 +1,96 @@
+"""The Ray cluster of a run: joined or started, and what every call of an actor goes through.
+
+Failures come out as the kinds of grpo.errors, classified where Ray still tells them apart. Refuses
+to know what the actors do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from math import ceil
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.actor import ActorHandle
+
+from grpo.errors import CoveyError, Fatal, UserError, WorkerLost
+from orchestration.cluster_address import require_listener
+from orchestration.config import Recipe
+from orchestration.placement import Room, room_of, shortage, total
+from orchestration.waiting import Whereabouts
+from orchestration.waits import note_whereabouts
+
+# Where covey starts Ray itself CPUs are book-keeping, and a pool may grow beyond the cores; Ray
+# starts no more processes for it. GPUs are counted as they are.
+LOGICAL_CPUS = 16  # for each core
+
+
+def connect(recipe: Recipe) -> bool:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine; True if it was started."""
+    # Authentication stays on, and Ray need not warn about it at every start.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        require_listener(address)
+        ray.init(address=address, log_to_driver=False, logging_level="warning")
+    else:
+        cpus, _ = total(recipe)
+        ray.init(
+            num_cpus=max(LOGICAL_CPUS * (os.cpu_count() or 1), ceil(cpus)),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+        )
+    problem = shortage(recipe, ray.cluster_resources())
+    if problem:
+        ray.shutdown()
+        raise UserError(problem)
+    return not address
+
+
+def room() -> Room:
+    """As of now, on all nodes together."""
+    return room_of(ray.cluster_resources(), ray.available_resources())
+
+
+def disconnect() -> None:
+    """Leave the cluster; ends it if `connect` started it."""
+    ray.shutdown()
+
+
+async def answer(reference: Any) -> Any:
+    """The result of an actor call; failures come out as the kinds of grpo.errors."""
+    try:
+        return await reference
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, CoveyError):
+            raise cause from None
+        raise Fatal(f"an actor raised {type(cause).__name__}: {cause}\n{error}") from error
+    except ray.exceptions.RayActorError as error:
+        raise WorkerLost(_in_short(error)) from error
+    except ray.exceptions.RayError as error:
+        raise WorkerLost(_in_short(error)) from error
+
+
+def _whereabouts(actor: object) -> Whereabouts:
+    """Runs in the actor. Ray has put files in the place of standard output and error."""
+    logs = [os.readlink(f"/proc/self/fd/{stream}") for stream in (1, 2)]
+    return Whereabouts(
+        pid=os.getpid(), node=ray.util.get_node_ip_address(), logs=tuple(dict.fromkeys(logs))
+    )
+
+
+async def located(actor: ActorHandle[Any], owner: str | None = None) -> None:
+    """Register where an actor runs, before anything is asked of it that could hang."""
+    note_whereabouts(await answer(actor.__ray_call__.remote(_whereabouts)), owner)
+
+
+def _in_short(error: Exception) -> str:
+    """Ray's sentence about the cause, without ids and general advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines if "Worker exit" in line or "died" in line]
+    sentence = (causes or lines or [type(error).__name__])[-1 if causes else 0]
+    return sentence.partition(" Some common causes")[0]
