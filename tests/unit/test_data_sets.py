@@ -24,6 +24,7 @@ from orchestration.run_inputs import held_out_prompts, planned_order
 from orchestration.schema_export import recipe_schema
 from orchestration.simulation.run import simulated
 from orchestration.simulation.services import services
+from orchestration.starter.data import write_datasets
 from rollout_workers.tokenization import Tokenization
 from tests.unit.small_project import MODEL, settings, written_project
 
@@ -230,8 +231,10 @@ def test_thousands_of_domains_have_twenty_names_and_the_others() -> None:
     assert {"40", "others"} <= names
 
 
-def test_a_simulated_srpo_finds_prompts_of_its_first_domain() -> None:
-    recipe = load_recipe("srpo", ["steps=6", "algorithm.first_steps=3"])
+def test_a_simulated_srpo_finds_prompts_of_its_first_domain(tmp_path: Path) -> None:
+    data = write_datasets(tmp_path, num_train=20, num_heldout=5)
+    overrides = [f"data.train={data.train}", f"data.evaluation={data.heldout}"]
+    recipe = load_recipe("srpo", ["steps=6", "algorithm.first_steps=3", *overrides])
     report = simulated(recipe, services(recipe), lambda step, now_s: None)
     assert report.trained_groups == 6 * 16
 
