@@ -139,8 +139,7 @@ def read_driver_state(folder: Path) -> DriverState:
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The folder that `latest` names if it is whole, else the newest whole one, if there is one."""
-    root = run / CHECKPOINTS
-    steps = sorted(_steps(root), reverse=True)
+    steps = sorted(saved_steps(run), reverse=True)
     marked = marked_step(run, LATEST_FILE)
     steps.sort(key=lambda step: step != marked)  # stable: the others stay newest first
     for step in steps:
@@ -174,8 +173,9 @@ def find_damage(folder: Path, *, checksums: bool, below: str = "") -> str | None
 
 def whole_steps(run: Path) -> list[int]:
     """Steps of the checkpoints that were completed, the oldest first."""
-    root = run / CHECKPOINTS
-    return sorted(n for n in _steps(root) if (root / f"{_PREFIX}{n}" / MANIFEST_FILE).exists())
+    return sorted(
+        n for n in saved_steps(run) if (checkpoint_folder(run, n) / MANIFEST_FILE).exists()
+    )
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -204,18 +204,19 @@ def mark(run: Path, marker: str, step: int | None) -> None:
     _flush_folder(path.parent)
 
 
-def keep_only(run: Path, steps: Collection[int]) -> None:
-    """Delete all other checkpoints of the run."""
-    root = run / CHECKPOINTS
-    for found in _steps(root) - set(steps):
-        # Without its manifest a half-deleted folder is never chosen.
-        (root / f"{_PREFIX}{found}" / MANIFEST_FILE).unlink(missing_ok=True)
-        shutil.rmtree(root / f"{_PREFIX}{found}")
-
-
-def _steps(root: Path) -> set[int]:
-    numbers = [path.name.removeprefix(_PREFIX) for path in root.glob(f"{_PREFIX}*")]
+def saved_steps(run: Path) -> set[int]:
+    """Steps that have a folder, be it whole or not."""
+    numbers = [path.name.removeprefix(_PREFIX) for path in (run / CHECKPOINTS).glob(f"{_PREFIX}*")]
     return {int(number) for number in numbers if number.isdigit()}
+
+
+def delete_checkpoints(run: Path, steps: Collection[int]) -> None:
+    """Delete these checkpoints of the run."""
+    for step in steps:
+        folder = checkpoint_folder(run, step)
+        # Without its manifest a half-deleted folder is never chosen.
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def _empty(root: Path, draft: Path) -> None:

@@ -19,8 +19,9 @@ from orchestration.checkpoint import (
     DriverState,
     begin_checkpoint,
     complete_checkpoint,
-    keep_only,
+    delete_checkpoints,
     mark,
+    saved_steps,
     whole_steps,
 )
 from orchestration.evaluation import EvalReport
@@ -155,8 +156,10 @@ class CheckpointSaver:
     async def _sort(self) -> None:
         """Mark the best and delete what is neither new nor good, or was abandoned by resuming."""
         async with self._sorting:
-            whole = [step for step in whole_steps(self._run) if step <= self.step]
+            # A checkpoint that comes into force from here on is not in `found`, and stays.
+            found, whole = saved_steps(self._run), whole_steps(self._run)
+            whole = [step for step in whole if step <= self.step]
             best = self._evaluations.best(whole, self._config.keep_best)
             await asyncio.to_thread(mark, self._run, BEST_FILE, best[0] if best else None)
-            kept = {*whole[-self._config.keep :], *best}
-            await asyncio.to_thread(keep_only, self._run, kept)
+            doomed = found - {*whole[-self._config.keep :], *best}
+            await asyncio.to_thread(delete_checkpoints, self._run, doomed)

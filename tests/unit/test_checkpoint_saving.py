@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from grpo.errors import Fatal
-from orchestration.checkpoint import latest_checkpoint, marked_step
+from orchestration import saving
+from orchestration.checkpoint import complete_checkpoint, latest_checkpoint, mark, marked_step
 from orchestration.recipe import CheckpointConfig
 from orchestration.saving import CheckpointReport, CheckpointSaver
 from tests.unit.checkpoint_cases import FileLearner, a_report, a_state, names, save
@@ -99,6 +101,45 @@ def test_a_failure_of_training_lets_the_write_come_to_its_end(tmp_path: Path) ->
         asyncio.run(part())
     assert caught.group_contains(RuntimeError, match="a worker is lost")
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_1"
+
+
+def test_a_checkpoint_that_is_completed_while_others_are_sorted_out_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is deleted was decided before, and the new one is not in it."""
+    learner, completed = SlowLearner(), threading.Event()
+
+    async def complete(*arguments: object) -> Path:
+        folder = await complete_checkpoint(*arguments)  # type: ignore[arg-type]
+        completed.set()
+        return folder
+
+    async def part() -> None:
+        loop = asyncio.get_running_loop()
+
+        def mark_later(*arguments: object) -> None:
+            """Between the decision and the deletion, in a thread."""
+            loop.call_soon_threadsafe(learner.gate.set)
+            assert completed.wait(timeout=60)
+
+        config = CheckpointConfig(keep=1)
+        async with CheckpointSaver.opened(
+            tmp_path, learner, config, step=0, on_saved=lambda report: None
+        ) as saver:
+            learner.gate.set()
+            await saver.save(a_state(1), {})
+            await saver.finished()
+            completed.clear()
+            learner.gate.clear()
+            await saver.save(a_state(2), {})
+            monkeypatch.setattr(saving, "mark", mark_later)
+            await saver.evaluated(2, a_report(0.5), save=saver.finished)
+            monkeypatch.setattr(saving, "mark", mark)
+
+    monkeypatch.setattr(saving, "complete_checkpoint", complete)
+    asyncio.run(part())
+    assert marked_step(tmp_path, "best") == 2
+    assert names(tmp_path) == ["best", "evaluations.json", "latest", "step_2"]
 
 
 def test_the_best_is_kept_beside_the_newest_and_marked(tmp_path: Path) -> None:
