@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.scaling import read_pools
-from tests.end_to_end.runs import covey, finished, lines_until, only_run, train
+from tests.end_to_end.runs import RunFolder, covey, finished, lines_until, only_run, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -31,14 +30,14 @@ def test_a_run_is_scaled_up_and_down_three_times_and_loses_nothing(tmp_path: Pat
     )
     lines_until(run, "step 1/")
     left = only_run(tmp_path / "runs").path
-    status, answer = scale(left, "rollout=99")
+    status, answer = scale(left, "rollout=100001")
     assert status == 2, answer
-    assert "rollout=99 does not fit: 196 CPUs and 0 GPUs more are needed" in answer
+    assert "rollout=100001 does not fit: 200000 CPUs and 0 GPUs more are needed" in answer
     for sizes in (
-        ("rollout=3", "answer=2"),
+        ("rollout=2", "answer=2"),
         ("rollout=1",),
-        ("rollout=2", "answer=1"),
-        ("rollout=1",),
+        ("rollout=3", "answer=1"),
+        ("rollout=2",),
         ("rollout=4",),
         ("rollout=2", "answer=2"),
     ):
@@ -57,16 +56,16 @@ def test_a_run_is_scaled_up_and_down_three_times_and_loses_nothing(tmp_path: Pat
     run.terminate()
     output = finished(run)
     assert run.returncode == 1, output
-    assert "stopped after step" in output
+    status, answer = scale(left, "rollout=1")
+    assert status == 2
+    assert "is not running (interrupted)" in answer
+    steps = RunFolder(left).summary["steps"]
+    resumed = covey("train", "--resume", str(left), "--set", f"steps={int(str(steps)) + 2}")
+    output = finished(resumed)
+    assert resumed.returncode == 0, output
+    assert "sizes as last asked for with covey scale: rollout=2 answer=2" in output
+    assert RunFolder(left).summary["replaced"] == {}
     doctor = covey("doctor", str(left))
     answer = finished(doctor)
     assert doctor.returncode == 0, answer
     assert "none lost, none twice, in the planned order" in answer
-    assert "--resume begins with rollout=2 answer=2" in answer
-    pools = read_pools(left)
-    assert pools is not None
-    assert pools.asked == {"rollout": 2, "answer": 2}
-    assert only_run(tmp_path / "runs").summary["replaced"] == {}
-    status, answer = scale(left, "rollout=1")
-    assert status == 2
-    assert "is not running (interrupted)" in answer
