@@ -15,7 +15,7 @@ import pytest
 from orchestration.cli import main
 from orchestration.config import Recipe, load_recipe
 from orchestration.doctor import Diagnosis, RunState, diagnosed
-from orchestration.pool import PoolSizes
+from orchestration.places import PoolSizes
 from orchestration.run_directory import RunDirectory, RunStatus, RunSummary, write_json
 from orchestration.scaling import POOLS_FILE, PoolsRecord
 from orchestration.waiting import Whereabouts

@@ -17,7 +17,7 @@ from orchestration.cli import main
 from orchestration.config import Recipe, load_recipe
 from orchestration.live_pools import pools_kept
 from orchestration.placement import Room
-from orchestration.pool import PoolSizes
+from orchestration.places import PoolSizes
 from orchestration.scaling import (
     POOLS_FILE,
     PoolsRecord,
