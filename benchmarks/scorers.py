@@ -28,7 +28,8 @@ import numpy as np
 
 from grpo.types import FinishReason, Group, Origin, Prompt, Rollout, Span
 from orchestration.local import LocalScorerSpawner
-from orchestration.pool import ActorPool, Spawner
+from orchestration.places import Spawner
+from orchestration.pool import ActorPool
 from orchestration.scorer_pool import ScorerPool, ScorerWorker
 from orchestration.waits import Waits
 from reward_services.batches import joined

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestration.placement import Room, lack_of_room
-from orchestration.pool import ActorPool, PoolSizes
+from orchestration.places import PoolSizes
+from orchestration.pool import ActorPool
 from orchestration.recipe import Recipe
 from orchestration.run_directory import write_json
 from orchestration.scaling import (

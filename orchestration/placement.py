@@ -99,7 +99,7 @@ def lack_of_room(now: Recipe, then: Recipe, room: Room) -> str | None:
         return None
     return (
         f"{more_cpus:g} CPUs and {more_gpus:g} GPUs more are needed; the cluster has {room.cpus:g} "
-        f"CPUs, of which {room.cpus - room.free_cpus:g} are in use, and {room.gpus:g} GPUs, of "
-        f"which {room.gpus - room.free_gpus:g} are: ask for fewer, add nodes, or shrink another "
+        f"CPUs ({room.cpus - room.free_cpus:g} in use) and {room.gpus:g} GPUs "
+        f"({room.gpus - room.free_gpus:g} in use): ask for fewer, add nodes, or shrink another "
         "role in the same command"
     )

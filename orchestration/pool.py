@@ -8,13 +8,12 @@ Refuses to know whether a worker is an actor or an object in this process; `spaw
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context
-from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
-from grpo.errors import CoveyError, DeadlineExceeded, Fatal, Transient, WorkerLost
+from grpo.errors import CoveyError, DeadlineExceeded, Fatal, Transient
+from orchestration.places import Place, PoolSizes, Spawner, Standing
 from orchestration.waits import Waits
 
 W = TypeVar("W")
@@ -23,77 +22,8 @@ FIRST_PAUSE_S = 1.0  # before the next try of a worker that could not be started
 LONGEST_PAUSE_S = 60.0
 
 
-class Spawner(Protocol[W]):
-    """Makes and removes the workers of one pool."""
-
-    async def spawn(self, place: int) -> W:
-        """A started worker for this place of the pool; nothing is left of it if that fails."""
-        ...
-
-    async def discard(self, worker: W) -> None:
-        """End a worker, whatever state it is in."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolSizes:
-    """How many workers a pool shall have, and what its workers are doing."""
-
-    wanted: int
-    ready: int
-    starting: int  # for the first time, or in the place of one that was lost
-    leaving: int  # finish what they have, and get nothing new
-
-
 class Exhausted(Fatal):
     """The retry budget of one call is used up."""
-
-
-@dataclass(slots=True, eq=False)
-class _Place(Generic[W]):
-    """One place of a pool; the worker in it may change."""
-
-    index: int
-    name: str  # the owner of its waits
-    worker: W | None = None  # None: it has none to end
-    serves: bool = False
-    has_served: bool = False
-    is_leaving: bool = False
-    calls: set[asyncio.Timeout] = field(default_factory=set)
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None  # the one that starts or ends its worker
-
-    @asynccontextmanager
-    async def counted(self) -> AsyncIterator[None]:
-        """A call; it ends with WorkerLost when its worker is given up."""
-        try:
-            async with asyncio.timeout(None) as limit:
-                self.calls.add(limit)
-                self.idle.clear()
-                try:
-                    yield
-                finally:
-                    self.calls.discard(limit)
-                    if not self.calls:
-                        self.idle.set()
-        except TimeoutError:
-            raise WorkerLost(f"{self.name} was given up before it had answered") from None
-
-    def cut(self) -> None:
-        """End every call that is under way."""
-        now = asyncio.get_running_loop().time()
-        for limit in self.calls:
-            limit.reschedule(now)
-        self.calls.clear()
-        self.idle.set()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Standing(Generic[W]):
-    """What every worker has to have done before it serves."""
-
-    what: str
-    call: Callable[[W], Awaitable[None]]
 
 
 class ActorPool(Generic[W]):
@@ -121,8 +51,8 @@ class ActorPool(Generic[W]):
         self._start_deadline_s = start_deadline_s
         self._waits = waits
         self._wanted = 0
-        self._places: list[_Place[W]] = []
-        self._standing: _Standing[W] | None = None
+        self._places: list[Place[W]] = []
+        self._standing: Standing[W] | None = None
         self._some_serve = asyncio.Event()
         self._empty_since = 0.0  # of the event loop; meaningless while some serve
         self._end_of_run: CoveyError | None = None  # for whoever calls next
@@ -185,13 +115,13 @@ class ActorPool(Generic[W]):
         async def answered(worker: W) -> None:
             results.append(await call(worker))
 
-        async def on(place: _Place[W]) -> None:
+        async def on(place: Place[W]) -> None:
             try:
                 await self._on(place, what, answered)
             except Transient:
                 return  # given up: the next one in its place does it before it serves
 
-        self._standing = _Standing(what, answered)
+        self._standing = Standing(what, answered)
         await asyncio.gather(*[on(place) for place in self._places if place.serves])
         if not results:
             await self._until_some_serve()
@@ -225,13 +155,13 @@ class ActorPool(Generic[W]):
         self._look_who_serves()
 
     @property
-    def _staying(self) -> list[_Place[W]]:
+    def _staying(self) -> list[Place[W]]:
         return [place for place in self._places if not place.is_leaving]
 
-    def _place(self, index: int) -> _Place[W]:
-        return _Place(index, f"{self.role} {index}")
+    def _place(self, index: int) -> Place[W]:
+        return Place(index, f"{self.role} {index}")
 
-    async def _on(self, place: _Place[W], what: str, call: Callable[[W], Awaitable[T]]) -> T:
+    async def _on(self, place: Place[W], what: str, call: Callable[[W], Awaitable[T]]) -> T:
         """The call's result; a worker that fails is given up."""
         worker = place.worker
         assert worker is not None, "it serves"
@@ -243,7 +173,7 @@ class ActorPool(Generic[W]):
             self.replace(worker, error)  # unless somebody already did
             raise
 
-    def _give_up(self, place: _Place[W], cause: Transient) -> None:
+    def _give_up(self, place: Place[W], cause: Transient) -> None:
         place.serves = False
         place.cut()
         self._look_who_serves()
@@ -281,7 +211,7 @@ class ActorPool(Generic[W]):
             self._empty_since = asyncio.get_running_loop().time()
 
     def _change(
-        self, place: _Place[W], work: Callable[[_Place[W]], Coroutine[None, None, None]] | None
+        self, place: Place[W], work: Callable[[Place[W]], Coroutine[None, None, None]] | None
     ) -> None:
         """Do this with the place instead of what is being done with it."""
         before, place.task = place.task, None
@@ -298,8 +228,8 @@ class ActorPool(Generic[W]):
         # A context of its own: no part of the wait of whoever found that this has to be done.
         place.task = self._tasks.create_task(changed(), name=place.name, context=Context())
 
-    async def _fill(self, place: _Place[W]) -> None:
-        """Consumes the place's time; waits for a worker; unblocked by room in the cluster."""
+    async def _fill(self, place: Place[W]) -> None:
+        """Ends the place's worker and starts another; waits for room as long as it takes."""
         pause_s, is_told = FIRST_PAUSE_S, False
         while True:
             await self._end(place)
@@ -323,7 +253,7 @@ class ActorPool(Generic[W]):
         if is_told:
             self._waits.trouble(f"{place.name} has been started after all")
 
-    async def _bring_up(self, place: _Place[W]) -> None:
+    async def _bring_up(self, place: Place[W]) -> None:
         worker = place.worker = await self._waits.within(
             self._start_deadline_s, f"{place.name}: starting", self._spawner.spawn(place.index)
         )
@@ -335,7 +265,7 @@ class ActorPool(Generic[W]):
         place.serves = place.has_served = True
         self._look_who_serves()
 
-    async def _leave_empty(self, place: _Place[W], error: CoveyError) -> None:
+    async def _leave_empty(self, place: Place[W], error: CoveyError) -> None:
         """Trying again would not help: the pool stays as it was, or the run ends."""
         if place.has_served:
             self._end_of_run = error
@@ -347,8 +277,8 @@ class ActorPool(Generic[W]):
         place.is_leaving = True
         await self._retire(place)
 
-    async def _retire(self, place: _Place[W]) -> None:
-        """Waits for the calls that the worker has; unblocked by their ends, or their deadlines."""
+    async def _retire(self, place: Place[W]) -> None:
+        """Waits for the calls that the worker has, which have deadlines, and ends it."""
         while place.serves and place.calls:
             with self._waits.noted(f"{place.name}: finishing its calls before it leaves"):
                 await place.idle.wait()
@@ -357,7 +287,7 @@ class ActorPool(Generic[W]):
         self._waits.whereabouts.pop(place.name, None)
         self._places.remove(place)
 
-    async def _end(self, place: _Place[W]) -> None:
+    async def _end(self, place: Place[W]) -> None:
         """A worker that cannot be ended in time is left to itself."""
         if place.worker is None:
             return

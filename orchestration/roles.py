@@ -18,7 +18,8 @@ from learner.environment import thread_environment
 from orchestration.config import Recipe
 from orchestration.group_task import ScorerRole
 from orchestration.placement import Room
-from orchestration.pool import ActorPool, Spawner
+from orchestration.places import Spawner
+from orchestration.pool import ActorPool
 from orchestration.rollout_pool import RolloutPool
 from orchestration.scaling import ROLLOUT
 from orchestration.scorer_pool import ScorerPool, ScorerWorker, scorer_metrics

@@ -17,7 +17,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from grpo.errors import UserError
-from orchestration.pool import PoolSizes
+from orchestration.places import PoolSizes
 from orchestration.recipe import Recipe
 from orchestration.run_directory import write_json
 

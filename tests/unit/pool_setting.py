@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from grpo.engines import RolloutEngine
-from orchestration.pool import ActorPool, Spawner
+from orchestration.places import Spawner
+from orchestration.pool import ActorPool
 from orchestration.rollout_pool import RolloutPool
 from orchestration.waits import Waits
 

@@ -15,7 +15,9 @@ import pytest
 from orchestration.cli import main
 from orchestration.config import Recipe, load_recipe
 from orchestration.doctor import Diagnosis, RunState, diagnosed
+from orchestration.places import PoolSizes
 from orchestration.run_directory import RunDirectory, RunStatus, RunSummary, write_json
+from orchestration.scaling import POOLS_FILE, PoolsRecord
 from orchestration.waiting import Whereabouts
 from orchestration.waits import Waits
 from orchestration.waits_file import MAX_WAITS, WAITS_FILE, WaitsRecord, waits_kept, waits_record
@@ -95,6 +97,24 @@ def test_a_killed_run_is_told_from_one_that_goes_on(run: RunDirectory, recipe: R
     assert "the process of the run is gone" in found.problems[0]
     assert "no checkpoint" in found.problems[0]
     assert "rollout worker 1" in found.waits[0]  # what it waited for at last
+
+
+def test_how_many_workers_there_are_and_how_many_a_resume_would_begin_with(
+    run: RunDirectory, recipe: Recipe
+) -> None:
+    rollout = PoolSizes(wanted=4, ready=1, starting=3, leaving=0)
+    learner = PoolSizes(wanted=1, ready=1, starting=0, leaving=1)
+    record = PoolsRecord(
+        can_scale=True, asked={"rollout": 4}, pools={"rollout": rollout, "learner": learner}
+    )
+    write_json(run.path / POOLS_FILE, asdict(record))
+    found = diagnosed(run.path, recipe)
+    assert found.pools == "rollout 1 of 4 ready, 3 starting; learner 1 of 1 ready, 1 leaving"
+    assert found.remarks == ()
+    run.close()
+    found = diagnosed(run.path, recipe)
+    assert found.pools is None
+    assert "--resume begins with rollout=4, as covey scale asked" in found.remarks
 
 
 def test_who_waits_for_whom_since_when_and_until_when(run: RunDirectory, recipe: Recipe) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from grpo.errors import Fatal, Transient, WorkerLost
 from grpo.types import Rollout, SampleRequest
-from orchestration.pool import PoolSizes
+from orchestration.places import PoolSizes
 from orchestration.waits import Waits
 from tests.fakes import FakeEngine
 from tests.unit.pool_setting import started_engines
