@@ -34,10 +34,6 @@ class PromptOrder:
             for number, found in enumerate(sets)
         ]
 
-    def __len__(self) -> int:
-        """Different prompts, of all sets."""
-        return sum(len(found.prompts) for found in self._sets)
-
     @property
     def prompts(self) -> Iterator[Prompt]:
         """Each once, set by set."""
@@ -48,21 +44,9 @@ class PromptOrder:
         number, position = self._mixture.place(group)
         return self._epochs[number].at(position)
 
-    def distinct(self, count: int) -> list[Prompt]:
-        """The first so many different prompts; fewer if there are no more."""
-        found: dict[str, Prompt] = {}
-        group = 0
-        while len(found) < min(count, len(self)):
-            prompt = self.at(group)
-            found[prompt.id] = prompt
-            group += 1
-        return list(found.values())
-
-    @property
-    def shares(self) -> Mapping[str, float]:
-        """Of the groups, by set."""
-        names = [found.name for found in self._sets]
-        return dict(zip(names, self._mixture.shares, strict=True))
+    def distinct(self, num_groups: int) -> list[Prompt]:
+        """The prompts of the first groups, each once."""
+        return list({prompt.id: prompt for prompt in map(self.at, range(num_groups))}.values())
 
     def epochs(self, num_groups: int) -> Mapping[str, float]:
         """How often the first groups went through each set: 1.5 is once and a half."""
