@@ -57,9 +57,12 @@ class SelftestReport:
 def selftest_recipe(recipe: Recipe) -> Recipe:
     """The same engine and learner at rate 0, with adapters from the second step on; no scorers."""
     rate: dict[str, object] = {"learning_rate": 0.0}
-    if recipe.learner.lora is not None:  # falls from its rate to 0 within a run of one step
-        rate = {"learning_rate": FIRST_ADAPTER_RATE, "lr_scheduler_type": "linear"}
-        rate |= {"warmup_steps": 0}
+    if recipe.learner.lora is not None:  # falls from this rate to 0 in a run of one step
+        rate = {
+            "learning_rate": FIRST_ADAPTER_RATE,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 0,
+        }
     learner = recipe.learner.model_copy(update=rate)
     return recipe.model_copy(update={"learner": learner, "scorers": (), "steps": 1})
 
