@@ -25,7 +25,7 @@ from learner.answers import measured
 from learner.backend import Backend
 from learner.config import LearnerConfig, LoraConfig
 from learner.environment import rank_environment
-from learner.policy import Adapters, Policy, load_policy
+from learner.policy import Adapters, Policy, load_policy, refuse_unshareable
 from learner.reference import Reference, WithoutAdapters
 from learner.row_cost import RowCost
 from learner.scalar import Scalar
@@ -88,6 +88,7 @@ class LearnerRank:
         torch.set_num_threads(self._config.cpus_per_rank)
         torch.manual_seed(self._seed)
         policy = load_policy(self._model, self._config, temperature=self._temperature)
+        refuse_unshareable(policy.model, self._config.sequence_parallel)
         self._pretrained = policy.model
         if self._rank == 0:
             self._images = WeightImages(policy.model, self._dtype)
@@ -95,6 +96,8 @@ class LearnerRank:
         if self._config.lora is not None:
             policy.adapters = attached(policy.model, self._config.lora, name=self._model)
         backend = make_backend(policy, self._config)
+        if initial is not None:
+            initial.sequence_group = policy.sequence_group
         self._moving_reference: Reference | None = None  # None: the model's files are all of it
         learnable = self._objective.learnable
         self._trainee = Trainee(
@@ -105,8 +108,9 @@ class LearnerRank:
             max_tokens=self._config.max_tokens_per_microbatch,
             row_cost=RowCost.of_model(policy.model.config),
             is_checkpointing=self._config.gradient_checkpointing,
-            rank=self._rank,
-            ranks=self._world_size,
+            # Ranks of one sequence group have the same rows.
+            rank=self._rank // self._config.sequence_parallel,
+            ranks=self._world_size // self._config.sequence_parallel,
         )
 
     def train(self, batch: TrainBatch) -> StepReport:
