@@ -3,9 +3,11 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 RECIPE ?= recipes/quickstart.yaml
+SOAK_MINUTES ?= 15
+SOAK_SEED ?=
 
 .DELETE_ON_ERROR:
-.PHONY: run test check gpu setup lock clean
+.PHONY: run test check chaos soak gpu setup lock clean
 
 run: setup data/starter/heldout.jsonl
 	@$(BIN)/covey train $(RECIPE)
@@ -22,6 +24,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not ray and not gpu"
+
+# Every role killed in every phase, case by case; then at random for SOAK_MINUTES. SOAK_SEED repeats a plan.
+chaos: setup
+	@$(BIN)/python -m pytest -m chaos tests/chaos
+
+soak: setup
+	@$(BIN)/python -m tests.chaos.soak --minutes $(SOAK_MINUTES) $(if $(SOAK_SEED),--seed $(SOAK_SEED))
 
 setup:
 	@./setup.sh

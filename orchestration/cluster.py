@@ -34,20 +34,28 @@ def connect(recipe: Recipe) -> bool:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         require_listener(address)
-        ray.init(address=address, log_to_driver=False, logging_level="warning")
+        _init(address=address)
     else:
         cpus, _ = total(recipe)
-        ray.init(
+        _init(
             num_cpus=max(LOGICAL_CPUS * (os.cpu_count() or 1), ceil(cpus)),
             include_dashboard=False,
-            log_to_driver=False,
-            logging_level="warning",
         )
     problem = shortage(recipe, ray.cluster_resources())
     if problem:
         ray.shutdown()
         raise UserError(problem)
     return not address
+
+
+def _init(**where: Any) -> None:
+    try:
+        ray.init(**where, log_to_driver=False, logging_level="warning")
+    except Exception as error:  # Ray raises nothing more exact, of late processes for example
+        raise Fatal(
+            f"Ray did not start: {error}\nit gives its own processes half a minute at most: on a "
+            "busy machine try again, or train without Ray (--local)"
+        ) from error
 
 
 def room() -> Room:

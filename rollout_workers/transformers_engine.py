@@ -50,22 +50,29 @@ class TransformersEngine:
         self._adapters = adapters
         self._tokenization = Tokenization(model)
         self._loop = StepLoop("transformers-engine", self._build)
+        self._arrived: list[_Row] = []  # in this turn of the event loop
 
     async def start(self) -> None:
         """Load the model."""
         await asyncio.wrap_future(self._loop.start())
 
     async def sample(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
-        """One rollout per request; all requests of all callers run together."""
+        """One rollout per request; all requests of all callers run together.
+
+        Those that are asked for in one turn of the event loop join together. Which rows are beside
+        each other, and with it the last digit of a log-probability, would else depend on how far
+        the thread has come: at staleness 0 a resumed run would not be the uninterrupted one.
+        """
         for request in requests:
             check_room(request, self._max_model_len)
         rows = [_row(request) for request in requests]
         for row in rows:
             if is_complete(row.request, self._tokenization.stop_ids):
                 row.done.set_result(NOTHING)
-        waiting = [row for row in rows if not row.done.done()]
-        await asyncio.wrap_future(self._loop.call(lambda decoder: decoder.add(waiting)))
+        self._arrived += [row for row in rows if not row.done.done()]
         try:
+            await asyncio.sleep(0)  # to the end of the turn
+            self._hand_over()
             sampled = [await asyncio.wrap_future(row.done) for row in rows]
         except asyncio.CancelledError:
             for row in rows:
@@ -75,6 +82,20 @@ class TransformersEngine:
             rollout(row.request, tokens, self._tokenization)
             for row, tokens in zip(rows, sampled, strict=True)
         ]
+
+    def _hand_over(self) -> None:
+        """The first of a turn brings the rows of all to the decoder."""
+        rows, self._arrived = self._arrived, []
+        if not rows:
+            return
+
+        def refused(added: Future[None]) -> None:
+            if (error := added.exception()) is not None:
+                for row in rows:
+                    if row.done.set_running_or_notify_cancel():
+                        row.done.set_exception(error)
+
+        self._loop.call(lambda decoder: decoder.add(rows)).add_done_callback(refused)
 
     async def load_weights(self, bundle: WeightBundle) -> LoadReport:
         """Swap the weights between two steps; running requests go on under the new ones."""

@@ -1,4 +1,4 @@
-"""What every test process needs before torch is loaded, and the one reason to skip a test."""
+"""What every test process needs before torch is loaded, and which tests are left out."""
 
 from __future__ import annotations
 
@@ -15,8 +15,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked gpu, with the reason, where PyTorch sees no CUDA device."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes too long, skip what cannot run here."""
+    _deselect_chaos(config, items)
+    _skip_gpu(items)
+
+
+def _deselect_chaos(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The tests marked chaos run only where -m names them."""
+    if "chaos" in config.option.markexpr:
+        return
+    marked = [item for item in items if item.get_closest_marker("chaos")]
+    if marked:
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if item not in marked]
+
+
+def _skip_gpu(items: list[pytest.Item]) -> None:
+    """With the reason, where PyTorch sees no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

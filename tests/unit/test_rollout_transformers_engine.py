@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -52,6 +53,28 @@ def test_log_probs_are_those_of_the_learner_at_any_temperature(tied: str) -> Non
                 assert gap < 1e-4
 
     asyncio.run(main())
+
+
+def test_calls_of_one_moment_run_together_from_their_first_token_on(tied: str) -> None:
+    """Bit for bit, whatever the thread is doing: who is beside whom is not left to chance."""
+
+    async def main() -> None:
+        wanted = requests(8)
+        async with started(tied) as engine:
+            as_one = await engine.sample(wanted)
+            for _ in range(5):
+                calls = [engine.sample(wanted[i : i + 2]) for i in range(0, 8, 2)]
+                apart = [rollout for part in await asyncio.gather(*calls) for rollout in part]
+                for one, other in zip(as_one, apart, strict=True):
+                    assert one.tokens.tolist() == other.tokens.tolist()
+                    assert one.log_probs.tolist() == other.log_probs.tolist()
+
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # the engine's thread takes over wherever it can
+    try:
+        asyncio.run(main())
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def test_a_rollout_depends_on_its_seed_and_not_on_its_company(tied: str) -> None:

@@ -11,12 +11,24 @@ import pytest
 
 from grpo.engines import RolloutEngine
 from grpo.errors import DeadlineExceeded, Stalled
-from grpo.types import Group, Rollout, SampleRequest, Score, Span, StepReport, TrainBatch, WeightRef
+from grpo.types import (
+    Group,
+    LoadReport,
+    Rollout,
+    SampleRequest,
+    Score,
+    Span,
+    StepReport,
+    TrainBatch,
+    WeightRef,
+)
+from orchestration.evaluation import EvalReport, evaluate
+from orchestration.rollout_pool import RolloutPool
 from orchestration.scorer_pool import ScorerPool, ScorerWorker
 from orchestration.waiting import Whereabouts
 from orchestration.waits import Waits, note_whereabouts, waiting_for
-from tests.fakes import FakeEngine, FakeLearner, FakeScorer
-from tests.unit.driver_setting import Setting, a_schedule, root
+from tests.fakes import FakeEngine, FakeLearner, FakeScorer, a_prompt
+from tests.unit.driver_setting import SAMPLING, Setting, a_schedule, root
 from tests.unit.pool_setting import started_engines, started_pool
 
 NEVER = 30.0  # longer than the test may take
@@ -105,6 +117,68 @@ def test_a_worker_that_passes_its_deadline_is_replaced_and_named_and_the_run_fin
     assert asyncio.run(scenario())
     assert len(told) == 1  # though three groups waited for it
     assert told[0].startswith("rollout worker 0 is replaced: rollout worker 0 has not answered")
+
+
+class NeverLoading(FakeEngine):
+    async def load_weights(self, ref: WeightRef) -> LoadReport:
+        await asyncio.Event().wait()
+        raise AssertionError("never")
+
+
+def test_a_rollout_worker_that_never_ends_loading_weights_is_named() -> None:
+    async def scenario() -> None:
+        waits = Waits()
+        spawner = Spawner([FakeEngine(), NeverLoading()])
+        schedule = a_schedule(sync_deadline_s=SOON)
+        async with started_engines(spawner, 2, waits=waits, deadline_s=NEVER) as pool:
+            await Setting(schedule, pool=pool, waits=waits).driver.run()
+
+    first = str(failure_of(scenario())).splitlines()[0]
+    assert first.startswith("rollout worker 1 has not answered")
+    assert first.endswith("asked last: loading version 1")
+
+
+async def evaluated(pool: RolloutPool, waits: Waits) -> EvalReport:
+    with waits.noted("evaluation: step 3"):
+        return await evaluate(
+            pool,
+            FakeScorer(),
+            [a_prompt(0), a_prompt(1)],
+            samples=2,
+            sampling=SAMPLING,
+            seed=0,
+            first_group=100,
+            concurrency=1,
+        )
+
+
+def test_a_rollout_worker_that_hangs_in_an_evaluation_is_named_with_what_waits_for_it() -> None:
+    told: list[str] = []
+
+    async def scenario() -> EvalReport:
+        waits = Waits(on_trouble=told.append)
+        async with started_engines(
+            Spawner([HangingEngine()]), 1, waits=waits, deadline_s=SOON
+        ) as pool:
+            return await evaluated(pool, waits)
+
+    report = asyncio.run(scenario())
+    assert report.overall.num_prompts == 2  # the one in its stead has answered
+    assert len(told) == 1
+    assert told[0].startswith("rollout worker 0 is replaced: rollout worker 0 has not answered")
+
+
+def test_an_evaluation_in_which_every_worker_hangs_ends_with_the_first_of_them() -> None:
+    async def scenario() -> None:
+        waits = Waits()
+        spawner = Spawner([HangingEngine() for _ in range(3)])
+        async with started_engines(spawner, 1, waits=waits, deadline_s=SOON) as pool:
+            await evaluated(pool, waits)
+
+    text = str(failure_of(scenario()))
+    assert "rollout worker 0 has not answered" in text.splitlines()[0]
+    chain = next(line for line in text.splitlines() if "who waits for whom" in line)
+    assert chain.index("evaluation (step 3") < chain.index("rollout worker 0")
 
 
 def test_a_scorer_that_never_answers_is_named() -> None:
