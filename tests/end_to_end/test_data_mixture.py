@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from grpo.errors import UserError
+from orchestration.config import load_recipe
+from orchestration.doctor import diagnosed
+from orchestration.run_inputs import read_inputs
 from orchestration.starter.data import write_datasets
 from tests.end_to_end.runs import covey, finished, only_run
 
@@ -66,19 +70,19 @@ def test_two_sets_of_weights_3_and_1(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (left.path / "metrics.jsonl").open()]
     assert {"eval/sums/pass@1", "eval/products/pass@1"} <= lines[0].keys()
 
-    doctor = covey("doctor", str(left.path))
-    answer = finished(doctor)
-    assert "none lost, none twice, in the planned order" in answer
-
-    again = covey("train", "--resume", str(left.path / "checkpoints" / "step_2"), "--local")
+    middle = str(left.path / "checkpoints" / "step_2")
+    again = covey("train", "--resume", middle, "--local")
     output = finished(again)
     assert again.returncode == 0, output
     resumed = sorted(left.groups, key=lambda record: record["group"])
     assert [record["prompt"]["id"] for record in resumed] == ids
 
+    recipe = load_recipe(left.path / "config.yaml")
+    ledger = diagnosed(left.path, recipe).ledger
+    assert ledger is not None
+    assert ledger.line().endswith("none lost, none twice, in the planned order")
+
     files["products"].write_text(files["sums"].read_text())
-    changed = covey("train", "--resume", str(left.path / "checkpoints" / "step_2"), "--local")
-    output = finished(changed)
-    assert changed.returncode == 2, output
-    assert "products: 5 prompts (fingerprint" in output
-    assert "Put the data back to continue it" in output
+    with pytest.raises(UserError, match=r"products: 5 prompts \(fingerprint .* now") as refused:
+        read_inputs(recipe, middle)
+    assert "Put the data back to continue it" in str(refused.value)
