@@ -16,13 +16,14 @@ from grpo.errors import Fatal, UserError
 from orchestration.cli import main
 from orchestration.config import Recipe, load_recipe
 from orchestration.live_pools import pools_kept
-from orchestration.placement import Room
+from orchestration.placement import Room, lack_of_room
 from orchestration.places import PoolSizes
 from orchestration.scaling import (
     POOLS_FILE,
     PoolsRecord,
     ask,
     at_asked_sizes,
+    at_sizes,
     parsed_sizes,
     read_pools,
     read_request,
@@ -216,6 +217,15 @@ def test_more_than_the_cluster_has_changes_nothing_and_says_what_there_is(tmp_pa
             assert (found.refusal, found.pools["rollout"].ready) == (None, 3)
 
     asyncio.run(scenario())
+
+
+def test_what_shrinks_in_the_same_command_makes_room_for_what_grows(tmp_path: Path) -> None:
+    scorer = {"name": "answer", "rule": "numeric", "gpus_per_actor": 1}
+    rollout = {"engine": "transformers", "gpus_per_worker": 1, "workers": 3}
+    recipe = a_recipe(tmp_path, rollout=rollout, scorers=[scorer])
+    full = Room(cpus=8, gpus=4, free_cpus=8, free_gpus=0)
+    assert lack_of_room(recipe, at_sizes(recipe, {"rollout": 1, "answer": 3}), full) is None
+    assert lack_of_room(recipe, at_sizes(recipe, {"rollout": 2, "answer": 3}), full) is not None
 
 
 def test_a_local_run_refuses_and_so_does_a_learner_that_cannot(tmp_path: Path) -> None:
