@@ -16,7 +16,7 @@ from torch import Tensor
 from grpo.errors import Fatal
 from grpo.objective import Measure, MeasuredRow, OutputLayer, Signal
 from grpo.types import Float32, Float64, MeasureRequest, Origin, TrainRow
-from learner.packing import Block, blocks, idle, shares
+from learner.packing import Block, blocks, idle
 from learner.update import Trainee
 
 
@@ -28,12 +28,9 @@ def measured(trainee: Trainee, request: MeasureRequest) -> dict[str, list[list[F
     mine: dict[tuple[str, int], list[Float32]] = {}
     for turn in turns(request.groups, ranks=trainee.ranks):
         own = turn[trainee.rank] if trainee.rank < len(turn) else None
-        lengths = [[row.num_tokens for row in request.groups[group]] for group in turn]
-        num_passes = max(num_blocks(of_group, trainee.max_tokens) for of_group in lengths)
+        num_passes = max(len(_alone(trainee, request.groups[group])) for group in turn)
         group = request.groups[turn[0] if own is None else own]
-        micro_batches = (
-            [] if own is None else blocks(group, max_tokens=trainee.max_tokens, rank=0, ranks=1)
-        )
+        micro_batches = [] if own is None else _alone(trainee, group)
         micro_batches += [idle(group)] * (num_passes - len(micro_batches))
         found = _rows(trainee, micro_batches, needs, [] if own is None else request.labels[own])
         with _output_layer(trainee, needs) as layer:
@@ -56,9 +53,9 @@ def turns(groups: Sequence[Sequence[TrainRow]], *, ranks: int) -> list[list[int]
     return [order[start : start + ranks] for start in range(0, len(order), ranks)]
 
 
-def num_blocks(lengths: Sequence[int], max_tokens: int) -> int:
-    """Micro-batches of `packing.blocks` on a single rank."""
-    return len(shares(lengths, max_tokens=max_tokens, ranks=1)[0])
+def _alone(trainee: Trainee, group: Sequence[TrainRow]) -> list[Block]:
+    """A group's micro-batches, all of them for one rank."""
+    return blocks(group, max_tokens=trainee.max_tokens, rank=0, ranks=1, cost=trainee.row_cost)
 
 
 def _measure(measures: Sequence[Measure], name: str) -> Measure:

@@ -1,7 +1,7 @@
 """How rows are shared out over ranks and micro-batches, and laid out one behind the other.
 
-Refuses to know the model and the loss. Every rank computes the same shares from the same lengths
-and takes its own. Legend: L tokens of a block, N completion tokens.
+Refuses to know the model (what a row costs is handed in) and the loss. Every rank computes the same
+shares from the same lengths and takes its own. Legend: L tokens of a block, N completion tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo.types import Origin, TrainRow
+from learner.row_cost import BY_TOKENS, RowCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,21 +37,27 @@ class Block:
         return tuple(row.num_tokens for row in self.rows)
 
 
-def shares(lengths: Sequence[int], *, max_tokens: int, ranks: int) -> list[list[list[int]]]:
+def shares(
+    lengths: Sequence[int], *, max_tokens: int, ranks: int, cost: RowCost = BY_TOKENS
+) -> list[list[list[int]]]:
     """Which rows go into which micro-batch: [rank][micro-batch] -> indices of `lengths`.
 
     Every rank has the same number of micro-batches, because ZeRO-3 gathers parameters in
     lock-step; some may be empty. The blocks that run at the same time cost about the same.
     """
     count = max(1, -(-sum(lengths) // (max_tokens * ranks)))
-    while True:
-        parts = _balanced(lengths, count * ranks)
-        if all(len(part) <= 1 or _total(lengths, part) <= max_tokens for part in parts):
-            break
+    while (parts := _balanced(lengths, count * ranks, max_tokens=max_tokens, cost=cost)) is None:
         count += 1
-    # sorted() is stable, so equal sums keep their order and all ranks agree.
-    parts = sorted(parts, key=lambda part: -_total(lengths, part))
-    return [parts[rank::ranks] for rank in range(ranks)]
+    # sorted() is stable, so equal costs keep their order and all ranks agree.
+    parts = sorted(parts, key=lambda part: -_total(cost, lengths, part))
+    mine: list[list[list[int]]] = [[] for _ in range(ranks)]
+    spent = [0] * ranks
+    for start in range(0, len(parts), ranks):  # the costliest to the rank with the least so far
+        least_first = sorted(range(ranks), key=lambda rank: (spent[rank], rank))
+        for rank, part in zip(least_first, parts[start : start + ranks], strict=True):
+            mine[rank].append(part)
+            spent[rank] += _total(cost, lengths, part)
+    return mine
 
 
 def pack(rows: Sequence[TrainRow], places: Sequence[int] | None = None) -> Block:
@@ -75,7 +82,14 @@ def pack(rows: Sequence[TrainRow], places: Sequence[int] | None = None) -> Block
     )
 
 
-def blocks(rows: Sequence[TrainRow], *, max_tokens: int, rank: int, ranks: int) -> list[Block]:
+def blocks(
+    rows: Sequence[TrainRow],
+    *,
+    max_tokens: int,
+    rank: int,
+    ranks: int,
+    cost: RowCost = BY_TOKENS,
+) -> list[Block]:
     """The micro-batches of one rank; a rank without rows computes one that counts for nothing."""
     for row in rows:
         if len(row.context) == 0 or len(row.tokens) == 0:
@@ -84,7 +98,7 @@ def blocks(rows: Sequence[TrainRow], *, max_tokens: int, rank: int, ranks: int) 
                 f"{len(row.tokens)} completion tokens: both must be at least 1"
             )
     lengths = [row.num_tokens for row in rows]
-    mine = shares(lengths, max_tokens=max_tokens, ranks=ranks)[rank]
+    mine = shares(lengths, max_tokens=max_tokens, ranks=ranks, cost=cost)[rank]
     return [pack([rows[i] for i in part], part) if part else idle(rows) for part in mine]
 
 
@@ -104,16 +118,28 @@ def weightless(row: TrainRow) -> TrainRow:
     )
 
 
-def _balanced(lengths: Sequence[int], num_parts: int) -> list[list[int]]:
-    """Longest first, each to the part with the fewest tokens so far."""
+def _balanced(
+    lengths: Sequence[int], num_parts: int, *, max_tokens: int, cost: RowCost
+) -> list[list[int]] | None:
+    """Longest first, each to the cheapest part with room for it; None: no part has.
+
+    A row of more than `max_tokens` goes alone.
+    """
     parts: list[list[int]] = [[] for _ in range(num_parts)]
-    heap = [(0, part) for part in range(num_parts)]
+    heap = [(0, part, 0) for part in range(num_parts)]  # cost, part, tokens
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        tokens, part = heapq.heappop(heap)
+        full = []
+        while heap and heap[0][2] and heap[0][2] + lengths[index] > max_tokens:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        spent, part, tokens = heapq.heappop(heap)
         parts[part].append(index)
-        heapq.heappush(heap, (tokens + lengths[index], part))
+        full.append((spent + cost(lengths[index]), part, tokens + lengths[index]))
+        for entry in full:
+            heapq.heappush(heap, entry)
     return parts
 
 
-def _total(lengths: Sequence[int], part: Sequence[int]) -> int:
-    return sum(lengths[index] for index in part)
+def _total(cost: RowCost, lengths: Sequence[int], part: Sequence[int]) -> int:
+    return sum(cost(lengths[index]) for index in part)

@@ -27,6 +27,7 @@ from learner.config import LearnerConfig, LoraConfig
 from learner.environment import rank_environment
 from learner.policy import Adapters, Policy, load_policy
 from learner.reference import Reference, WithoutAdapters
+from learner.row_cost import RowCost
 from learner.scalar import Scalar
 from learner.schedule import learning_rate_at
 from learner.snapshot import Snapshot, saved_numbers, saved_pieces, saved_reference
@@ -108,6 +109,7 @@ class LearnerRank:
             reference=self._reference(initial, policy, backend),
             scalar=None if learnable is None else Scalar(learnable),
             max_tokens=self._config.max_tokens_per_microbatch,
+            row_cost=RowCost.of_model(policy.model.config),
             is_checkpointing=self._config.gradient_checkpointing,
             rank=self._rank,
             ranks=self._world_size,

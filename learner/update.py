@@ -40,6 +40,7 @@ from learner.inputs import inputs_of, stream
 from learner.measures import Stopwatch, Tally
 from learner.packing import Block, blocks
 from learner.reference import Reference, WithoutAdapters
+from learner.row_cost import BY_TOKENS, RowCost
 from learner.scalar import Scalar
 
 
@@ -52,13 +53,20 @@ class Trainee:
     reference: Reference | WithoutAdapters | None  # None: nothing of the objective asks for it
     scalar: Scalar | None = None  # of `objective.learnable`
     max_tokens: int  # of one micro-batch
+    row_cost: RowCost = BY_TOKENS  # what the ranks share out evenly
     is_checkpointing: bool = False  # activations are recomputed in the backward pass
     rank: int
     ranks: int
 
     def blocks(self, rows: Sequence[TrainRow]) -> list[Block]:
         """This rank's micro-batches."""
-        return blocks(rows, max_tokens=self.max_tokens, rank=self.rank, ranks=self.ranks)
+        return blocks(
+            rows,
+            max_tokens=self.max_tokens,
+            rank=self.rank,
+            ranks=self.ranks,
+            cost=self.row_cost,
+        )
 
     def room_for(self, block: Block, phase: str) -> AbstractContextManager[None]:
         """Says which budget to lower if the block's pass does not fit."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen2Config
 
 from grpo.errors import UserError
 from grpo.objective import loss_and_metrics
@@ -17,12 +17,15 @@ from learner.packing import blocks, pack, shares, weightless
 from learner.policy import load_policy, policy_inputs
 from learner.rank import algorithm_objective
 from learner.reference import Reference
+from learner.row_cost import BY_TOKENS, RowCost
 from learner.torch_backend import TorchBackend
 from learner.update import Trainee, loss_inputs, reference_log_probs
 from tests.unit.learner_cases import EVERYTHING, random_rows, torch_config, write_model
 
 TEMPERATURE = 0.8
 CPU = torch.device("cpu")
+# A model of half a billion parameters: attention costs as much as the rest at 22,970 tokens.
+LONG_CONTEXT = RowCost(per_token=493_961_216, per_pair=21_504)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,14 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_model(tmp_path_factory.mktemp("reference"), seed=1)
 
 
-def trainee_of(model: str, other_model: str, max_tokens: int, **settings: object) -> Trainee:
+def trainee_of(
+    model: str,
+    other_model: str,
+    max_tokens: int,
+    *,
+    row_cost: RowCost = BY_TOKENS,
+    **settings: object,
+) -> Trainee:
     config = torch_config(**settings)
     return Trainee(
         backend=TorchBackend(load_policy(model, config, temperature=TEMPERATURE), config),
@@ -44,6 +54,7 @@ def trainee_of(model: str, other_model: str, max_tokens: int, **settings: object
             load_policy(other_model, config, temperature=TEMPERATURE), device=CPU, is_moving=False
         ),
         max_tokens=max_tokens,
+        row_cost=row_cost,
         rank=0,
         ranks=1,
     )
@@ -167,6 +178,69 @@ def test_ranks_carry_about_the_same_number_of_tokens() -> None:
     shared = shares(lengths, max_tokens=400, ranks=2)
     tokens = [sum(lengths[i] for part in rank for i in part) for rank in shared]
     assert max(tokens) <= 1.1 * min(tokens)
+
+
+def step_costs(shared: list[list[list[int]]], lengths: list[int]) -> tuple[float, float]:
+    """The costliest rank over the mean; the same where ranks wait for each other at each turn."""
+    costs = [[sum(LONG_CONTEXT(lengths[i]) for i in part) for part in rank] for rank in shared]
+    mean = sum(map(sum, costs)) / len(costs)
+    in_lock_step = sum(max(turn) for turn in zip(*costs, strict=True))
+    return max(map(sum, costs)) / mean, in_lock_step / mean
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_balancing_cost_leaves_ranks_less_to_wait_for_than_balancing_tokens(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(rng.lognormal(np.log(1500), 1.0, 1024), 16, 32768).astype(int).tolist()
+    by_tokens, by_cost = (
+        step_costs(shares(lengths, max_tokens=32768, ranks=4, cost=cost), lengths)
+        for cost in (BY_TOKENS, LONG_CONTEXT)
+    )
+    assert by_cost[0] < 1.04
+    assert by_cost[1] - 1 < 0.35 * (by_tokens[1] - 1)
+
+
+def test_one_long_row_is_balanced_by_cost_with_more_tokens_in_shorter_ones() -> None:
+    # Cost n + n**2 / 100: the row of 200 costs 600, one of 50 costs 75, eight of them as much.
+    cost = RowCost(per_token=100, per_pair=1)
+    lengths = [200] + [50] * 8
+    assert shares(lengths, max_tokens=400, ranks=2, cost=cost) == [[[0]], [[*range(1, 9)]]]
+    by_tokens = shares(lengths, max_tokens=400, ranks=2)
+    assert sorted(len(part) for rank in by_tokens for part in rank) == [3, 6]
+
+
+def test_the_token_budget_holds_where_cost_alone_would_break_it() -> None:
+    cost = RowCost(per_token=100, per_pair=1)
+    shared = shares([200] + [50] * 8, max_tokens=300, ranks=2, cost=cost)
+    tokens = [sum(200 if i == 0 else 50 for i in part) for rank in shared for part in rank]
+    assert sorted(tokens) == [300, 300]
+
+
+def test_cost_of_a_row_is_worked_by_hand() -> None:
+    config = Qwen2Config(
+        hidden_size=8,
+        intermediate_size=10,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+    )
+    # Head size 2, so A = 8 and K = 4. A layer: 8 * (8 + 8) + 8 * 8 + 3 * 8 * 10 = 432.
+    # Three layers and the output layer: 1296 + 800 = 2096 for a token, 3 * 8 for a pair.
+    assert RowCost.of_model(config)(5) == 2096 * 5 + 24 * 25
+
+
+def test_balancing_cost_changes_neither_loss_nor_gradient(model: str, other_model: str) -> None:
+    rows = random_rows(13)
+    steep = RowCost(per_token=1, per_pair=1)
+    loss, gradient = loss_and_gradient(trainee_of(model, other_model, 60), rows)
+    other = trainee_of(model, other_model, 60, row_cost=steep)
+    assert [b.places for b in other.blocks(rows)] != [
+        b.places for b in trainee_of(model, other_model, 60).blocks(rows)
+    ]
+    other_loss, other_gradient = loss_and_gradient(other, rows)
+    assert other_loss == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(other_gradient, gradient, atol=1e-5, rtol=1e-4)
 
 
 def test_a_rank_without_rows_computes_a_row_that_counts_for_nothing(
