@@ -26,16 +26,17 @@ def measured(trainee: Trainee, request: MeasureRequest) -> dict[str, list[list[F
     chosen = [_measure(trainee.objective.measures, name) for name in request.names]
     needs = frozenset[Signal]().union(*(measure.needs for measure in chosen))
     mine: dict[tuple[str, int], list[Float32]] = {}
-    for turn in turns(request.groups, ranks=trainee.ranks):
-        own = turn[trainee.rank] if trainee.rank < len(turn) else None
-        num_passes = max(len(_alone(trainee, request.groups[group])) for group in turn)
-        group = request.groups[turn[0] if own is None else own]
-        micro_batches = [] if own is None else _alone(trainee, group)
-        micro_batches += [idle(group)] * (num_passes - len(micro_batches))
-        found = _rows(trainee, micro_batches, needs, [] if own is None else request.labels[own])
-        with _output_layer(trainee, needs) as layer:
-            for measure in chosen if own is not None else ():
-                mine[measure.name, turn[trainee.rank]] = _answer(measure, found, layer)
+    with trainee.reference_at_hand(needs):
+        for turn in turns(request.groups, ranks=trainee.ranks):
+            own = turn[trainee.rank] if trainee.rank < len(turn) else None
+            num_passes = max(len(_alone(trainee, request.groups[group])) for group in turn)
+            group = request.groups[turn[0] if own is None else own]
+            micro_batches = [] if own is None else _alone(trainee, group)
+            micro_batches += [idle(group)] * (num_passes - len(micro_batches))
+            found = _rows(trainee, micro_batches, needs, [] if own is None else request.labels[own])
+            with _output_layer(trainee, needs) as layer:
+                for measure in chosen if own is not None else ():
+                    mine[measure.name, turn[trainee.rank]] = _answer(measure, found, layer)
     all_ranks = {k: v for part in trainee.backend.collect(mine) for k, v in part.items()}
     return {
         name: [all_ranks.get((name, group), []) for group in range(len(request.groups))]

@@ -78,6 +78,11 @@ class LearnerConfig(Schema):
         description="what lies in host memory and not on the GPU; optimizer: its states and master "
         "weights, where they are stepped, too; parameters: the weights as well, until a layer runs",
     )
+    reference_offload: bool = Field(
+        False,
+        description="a reference that is a second model lies in host memory and is copied to the "
+        "GPU once a step, for its passes over all micro-batches",
+    )
     publish_dtype: DType | None = Field(
         None, description="of published weights, the rollout workers' dtype; null: same as dtype"
     )

@@ -212,7 +212,12 @@ class LearnerRank:
     ) -> Reference | WithoutAdapters | None:
         if initial is not None:
             is_moving = self._objective.reference_update is not None
-            reference = Reference(initial, device=backend.device, is_moving=is_moving)
+            reference = Reference(
+                initial,
+                device=backend.device,
+                is_moving=is_moving,
+                is_offloaded=self._config.reference_offload,
+            )
             self._moving_reference = reference if is_moving else None
             return reference
         if policy.adapters is not None and needs_reference(self._objective):

@@ -5,7 +5,9 @@ Refuses to know when it is asked to follow, and the loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -26,6 +28,10 @@ class WithoutAdapters:
         self._backend = backend
         self._adapters = adapters
 
+    def at_hand(self) -> AbstractContextManager[None]:
+        """Always: there is nothing to move."""
+        return nullcontext()
+
     @torch.no_grad()
     def log_probs(self, block: Block) -> Tensor:
         """[N] of the block's completion tokens."""
@@ -34,11 +40,22 @@ class WithoutAdapters:
 
 
 class Reference:
-    """Holds a policy that no optimiser touches, whole on every rank."""
+    """Holds a policy that no optimiser touches, whole on every rank.
 
-    def __init__(self, policy: Policy, *, device: torch.device, is_moving: bool) -> None:
-        self._policy = policy.requires_grad_(False).eval().to(device)
+    With `is_offloaded` it lies in host memory and is copied to the device for its passes alone.
+    """
+
+    def __init__(
+        self, policy: Policy, *, device: torch.device, is_moving: bool, is_offloaded: bool
+    ) -> None:
+        self._policy = policy.requires_grad_(False).eval()
         self._device = device
+        self._is_offloaded = is_offloaded
+        if not is_offloaded:
+            self._policy.to(device)
+        elif device.type == "cuda":  # locked pages are copied several times as fast
+            for tensor in self._tensors():
+                tensor.data = tensor.data.pin_memory()
         self._weights = named_weights(self._policy.model)
         # In bfloat16 a step of 0.5 % would be rounded away. Float32 weights are their own average.
         self._averages = (
@@ -47,9 +64,27 @@ class Reference:
             else {}
         )
 
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """On the device until the context ends; host memory keeps its copy, which nothing changes.
+
+        Around all passes of a step: the way to the device takes longer than a micro-batch.
+        """
+        if not self._is_offloaded:
+            yield
+            return
+        on_host = [(tensor, tensor.data) for tensor in self._tensors()]
+        for tensor, values in on_host:
+            tensor.data = values.to(self._device, non_blocking=True)
+        try:
+            yield
+        finally:
+            for tensor, values in on_host:
+                tensor.data = values
+
     @torch.no_grad()
     def log_probs(self, block: Block) -> Tensor:
-        """[N] of the block's completion tokens."""
+        """[N] of the block's completion tokens; inside `at_hand` only."""
         log_probs: Tensor = self._policy(**policy_inputs(block, self._device))[0]
         return log_probs
 
@@ -74,6 +109,9 @@ class Reference:
         for name, average in self._averages.items():
             average.copy_(saved[name])
         self._copy_averages()
+
+    def _tensors(self) -> Iterator[Tensor]:
+        return chain(self._policy.parameters(), self._policy.buffers())
 
     def _copy_averages(self) -> None:
         for name, weight in self._weights.items():

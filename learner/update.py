@@ -6,8 +6,8 @@ R rows of an update, N completion tokens of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +68,12 @@ class Trainee:
             cost=self.row_cost,
         )
 
+    def reference_at_hand(self, needs: Set[Signal]) -> AbstractContextManager[None]:
+        """The reference where its passes run, if these needs name it."""
+        if self.reference is None or Signal.REFERENCE not in needs:
+            return nullcontext()
+        return self.reference.at_hand()
+
     def room_for(self, block: Block, phase: str) -> AbstractContextManager[None]:
         """Says which budget to lower if the block's pass does not fit."""
         return room_for(
@@ -84,6 +90,7 @@ class Update:
     # [N] each: the policy at the start of the step. None: it is the current one, whose own pass
     # is enough.
     proximal: list[Tensor | None]
+    reference: list[Tensor | None]  # [N] each. None: nothing reads it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -142,23 +149,29 @@ def run_step(trainee: Trainee, batch: TrainBatch, *, learning_rate: float) -> St
 def prepared(
     trainee: Trainee, updates: Sequence[tuple[TrainRow, ...]], watch: Stopwatch
 ) -> list[Update]:
-    """Every update in micro-batches, with the policy at the start of the step.
+    """Every update in micro-batches, with the reference and the policy at the start of the step.
 
     Rows that come again in a later update (another epoch) are packed and computed once.
     """
-    seen: dict[tuple[int, ...], Update] = {}
     plan = [tuple(id(row) for row in rows) for rows in updates]
-    for key, rows in zip(plan, updates, strict=True):
-        if key in seen:
-            continue
-        with watch.measure("pack"):
-            parts = trainee.blocks(rows)
-        with watch.measure("proximal"):
-            proximal = [
-                None if len(updates) == 1 else log_probs_of(trainee, block) for block in parts
-            ]
-        seen[key] = Update(rows=rows, blocks=parts, proximal=proximal)
-    return [seen[key] for key in plan]
+    unique = dict(zip(plan, updates, strict=True))
+    with watch.measure("pack"):
+        parts = {key: trainee.blocks(rows) for key, rows in unique.items()}
+    with watch.measure("proximal"):
+        proximal = {
+            key: [None if len(updates) == 1 else log_probs_of(trainee, b) for b in blocks_of]
+            for key, blocks_of in parts.items()
+        }
+    with watch.measure("reference"), trainee.reference_at_hand(trainee.objective.needs):
+        reference = {
+            key: [reference_log_probs(trainee, b, unique[key]) for b in blocks_of]
+            for key, blocks_of in parts.items()
+        }
+    found = {
+        key: Update(rows=rows, blocks=parts[key], proximal=proximal[key], reference=reference[key])
+        for key, rows in unique.items()
+    }
+    return [found[key] for key in plan]
 
 
 def row_numbers(
@@ -184,16 +197,15 @@ def present_inputs(
 ) -> list[tuple[Block, LossInputs]]:
     """This rank's rows under the present policy, without gradient; a pass over all of them."""
     found = []
-    for block, proximal in zip(update.blocks, update.proximal, strict=True):
+    parts = zip(update.blocks, update.proximal, update.reference, strict=True)
+    for block, proximal, reference in parts:
         # Before the first update the policy still is the one at the start of the step.
         is_known = is_first and proximal is not None
         log_probs = proximal if is_known else log_probs_of(trainee, block)
         assert log_probs is not None
-        # Of the loss's signals, a scaled penalty may read the reference.
-        is_read = has_scales(trainee.objective)
-        known = reference_log_probs(trainee, block, update.rows) if is_read else None
         if not block.is_idle:
-            inputs = inputs_of(block, log_probs, proximal=proximal, reference=known)
+            # Of the loss's signals, a scaled penalty may read the reference.
+            inputs = inputs_of(block, log_probs, proximal=proximal, reference=reference)
             found.append((block, inputs))
     return found
 
@@ -220,9 +232,8 @@ def accumulated(
     row_losses = torch.zeros(len(update.rows), dtype=torch.float64, device=trainee.backend.device)
     cause: Cause | None = None
     slopes: list[Slope] = []
-    for number, (block, proximal) in enumerate(zip(update.blocks, update.proximal, strict=True)):
-        with watch.measure("reference"):
-            reference = reference_log_probs(trainee, block, update.rows)
+    parts = zip(update.blocks, update.proximal, update.reference, strict=True)
+    for number, (block, proximal, reference) in enumerate(parts):
         fits = trainee.room_for(block, "forward and backward pass")
         with watch.measure("forward_backward"), fits:
             inputs = loss_inputs(trainee, block, proximal, reference)

@@ -22,6 +22,7 @@ TARGETS: Mapping[str, str] = {
     "max_tokens_per_gpu": "learner.max_tokens_per_microbatch",
     "actor_learning_rate": "learner.learning_rate",
     "pretrain": "model",
+    "ref_reward_offload": "learner.reference_offload",
     "prompt_data": "data.train",
     "eval_dataset": "data.evaluation",
     "input_key": "data.prompt_column",

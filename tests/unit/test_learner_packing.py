@@ -51,7 +51,10 @@ def trainee_of(
         backend=TorchBackend(load_policy(model, config, temperature=TEMPERATURE), config),
         objective=algorithm_objective(EVERYTHING),
         reference=Reference(
-            load_policy(other_model, config, temperature=TEMPERATURE), device=CPU, is_moving=False
+            load_policy(other_model, config, temperature=TEMPERATURE),
+            device=CPU,
+            is_moving=False,
+            is_offloaded=False,
         ),
         max_tokens=max_tokens,
         row_cost=row_cost,

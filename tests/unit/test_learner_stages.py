@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +16,10 @@ from grpo.errors import Fatal
 from grpo.objective import Objective, Penalty, ReferenceUpdate, Signal
 from grpo.penalties import k2
 from grpo.types import TrainRow
+from learner.packing import Block
 from learner.policy import load_policy
 from learner.rank import LearnerRank
-from learner.reference import Reference
+from learner.reference import Reference, WithoutAdapters
 from learner.weights import named_weights
 from tests.unit.learner_cases import batch_of, random_rows, rank_of, save, torch_config, write_model
 from tests.unit.learner_objectives import PLAIN, REGRESSION, WHOLE_GROUPS
@@ -27,6 +30,32 @@ AGAINST_REFERENCE = replace(
     penalties=(Penalty(name="kl", coefficient=0.1, fn=k2),),
     needs=frozenset({Signal.REFERENCE}),
 )
+
+
+WITH_SCALE = replace(
+    AGAINST_REFERENCE,
+    penalties=(Penalty(name="kl", coefficient=0.1, fn=k2, scale=lambda mean: 1.0),),
+)
+
+
+class WatchedReference(Reference):
+    """Notes when it is fetched, what it is asked, and when it is let go."""
+
+    def __init__(self, reference: Reference | WithoutAdapters | None) -> None:
+        assert isinstance(reference, Reference)
+        self._reference = reference
+        self.events: list[object] = []
+
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        self.events.append("fetched")
+        with self._reference.at_hand():
+            yield
+        self.events.append("let go")
+
+    def log_probs(self, block: Block) -> Tensor:
+        self.events.append(block.places)
+        return self._reference.log_probs(block)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +79,7 @@ def reference_of(model: str, *, dtype: str, value: float) -> Reference:
     with torch.no_grad():
         for weight in policy.parameters():
             weight.fill_(value)
-    return Reference(policy, device=CPU, is_moving=True)
+    return Reference(policy, device=CPU, is_moving=True, is_offloaded=False)
 
 
 def weights_of(model: str, value: float) -> dict[str, Tensor]:
@@ -84,6 +113,44 @@ def test_a_reference_that_copies_the_policy_has_no_divergence_from_it(model: str
         True,
         True,
     ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("update", [None, ReferenceUpdate(every=1, decay=0.5)])
+def test_a_reference_in_host_memory_changes_no_bit(
+    model: str, dtype: str, update: ReferenceUpdate | None
+) -> None:
+    objective = replace(AGAINST_REFERENCE, reference_update=update)
+    found = []
+    for is_offloaded in (False, True):
+        config = torch_config(dtype=dtype, reference_offload=is_offloaded)
+        learner = rank_of(model, config, objective=objective)
+        rows = random_rows(8)
+        updates = [rows[:4], rows[4:], rows[:4]]
+        metrics = [dict(learner.train(batch_of(*updates)).metrics) for _ in range(2)]
+        found.append((metrics, checksum(learner)))
+    assert found[1] == found[0]
+    assert found[0][0][1]["kl"] > 1e-5
+
+
+def test_the_reference_is_fetched_once_a_step_and_asked_once_about_each_micro_batch(
+    model: str,
+) -> None:
+    learner = rank_of(model, torch_config(max_tokens_per_microbatch=30), objective=WITH_SCALE)
+    watched = WatchedReference(learner._trainee.reference)
+    learner._trainee = replace(learner._trainee, reference=watched)
+    rows = random_rows(8)
+    learner.train(batch_of(rows[:4], rows[4:], rows[:4], rows[4:]))
+    blocks = [b.places for part in (rows[:4], rows[4:]) for b in learner._trainee.blocks(part)]
+    assert len(blocks) > 2
+    assert watched.events == ["fetched", *blocks, "let go"]
+
+
+def test_without_a_reader_there_is_no_reference(model: str) -> None:
+    grpo = rank_of(model, torch_config(), algorithm={"name": "grpo", "num_generations": 4})
+    assert grpo._trainee.reference is None
+    with_penalty = rank_of(model, torch_config())
+    assert isinstance(with_penalty._trainee.reference, Reference)
 
 
 def test_reference_log_probs_that_rows_bring_are_used(model: str) -> None:
