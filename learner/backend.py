@@ -43,11 +43,11 @@ class Backend(Protocol):
         ...
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """[K] sums over the ranks, on every rank."""
+        """[K] sums over the ranks, on every rank; those of a sequence group count as one."""
         ...
 
     def collect(self, value: T) -> list[T]:
-        """The value of each rank, on every rank."""
+        """The value of each rank, on every rank; those of a sequence group count as one."""
         ...
 
     def output_layer(self) -> AbstractContextManager[OutputLayer]:

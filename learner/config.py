@@ -103,6 +103,12 @@ class LearnerConfig(Schema):
         ge=1,
         description="tokens of one forward pass; a longer row goes alone",
     )
+    sequence_parallel: int = Field(
+        1,
+        ge=1,
+        description="ranks that share each micro-batch, an equal part of its tokens on each "
+        "(Ulysses), for rows too long for one device; ranks must be a multiple of it",
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, more time"
     )
@@ -124,6 +130,11 @@ class LearnerConfig(Schema):
         """What the rollout workers make room for; None: they get all weights."""
         return self.lora.shape if self.lora is not None and self.lora.publish == "adapter" else None
 
+    @property
+    def row_ranks(self) -> int:
+        """ranks / sequence_parallel, so many have rows of their own."""
+        return self.ranks // self.sequence_parallel
+
     @model_validator(mode="after")
     def _torch_is_one_rank(self) -> Self:
         if self.backend == "torch" and self.ranks != 1:
@@ -142,6 +153,27 @@ class LearnerConfig(Schema):
                 f"attn_implementation is flash_attention_2, but gpus_per_rank is "
                 f"{self.gpus_per_rank} and dtype {self.dtype}: it needs a GPU and bfloat16; set "
                 "them, or attn_implementation: sdpa"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_are_shared_by_whole_groups(self) -> Self:
+        size = self.sequence_parallel
+        if size > 1 and self.backend == "torch":
+            raise ValueError(
+                f"sequence_parallel is {size}, but backend torch runs on one rank: set backend: "
+                f"deepspeed and ranks: {size}, or leave sequence_parallel out"
+            )
+        if self.ranks % size:
+            raise ValueError(
+                f"ranks is {self.ranks} and sequence_parallel {size}: every {size} ranks share a "
+                f"micro-batch; set ranks to a multiple, as {max(1, self.ranks // size) * size}"
+            )
+        if size > 1 and self.attn_implementation != "sdpa":
+            raise ValueError(
+                f"sequence_parallel is {size}, but attn_implementation is "
+                f"{self.attn_implementation}: only sdpa exchanges tokens for heads between ranks; "
+                "set attn_implementation: sdpa, or leave sequence_parallel out"
             )
         return self
 
@@ -174,3 +206,20 @@ class LearnerConfig(Schema):
                 "gradients in float32 from stage 2 on: set zero_stage: 2 (as good on one rank)"
             )
         return self
+
+
+def heads_problem(*, heads: int, key_heads: int, sequence_parallel: int) -> str | None:
+    """Why so many ranks cannot share a model's heads, with the remedy; None: they can."""
+    size = sequence_parallel
+    if heads % size == 0 and (key_heads % size == 0 or size % key_heads == 0):
+        return None
+    works = [
+        n
+        for n in range(1, heads + 1)
+        if heads % n == 0 and (key_heads % n == 0 or n % key_heads == 0)
+    ]
+    return (
+        f"learner.sequence_parallel is {size}, but the model has {heads} attention heads and "
+        f"{key_heads} key-value heads, which {size} ranks cannot share out evenly: set it to one "
+        f"of {', '.join(map(str, works))}"
+    )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from learner.config import LearnerConfig
 from learner.packing import Block
 from learner.policy import LogProbHead, Policy, adapters_of, policy_inputs
+from learner.sequence_parallel import joined_groups
 from learner.shards import Piece, copied, restore, whole_pieces
 from learner.torch_backend import adamw
 from learner.weights import named_weights, trained_weights
@@ -52,6 +53,11 @@ class DeepSpeedBackend:
             timeout=COLLECTIVE_TIMEOUT,
             verbose=False,
         )
+        self._row_ranks: torch.distributed.ProcessGroup | None = None  # None: all of them
+        if config.sequence_parallel > 1:
+            policy.sequence_group, self._row_ranks = joined_groups(
+                config.sequence_parallel, timeout=COLLECTIVE_TIMEOUT
+            )
         self._config = config
         self._policy = policy
         self._parameters = [weight for weight in policy.parameters() if weight.requires_grad]
@@ -73,7 +79,8 @@ class DeepSpeedBackend:
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(is_last)
-        # DeepSpeed averages gradients over ranks, but our losses are parts of one sum. It also
+        # DeepSpeed averages gradients over all ranks, but each has a part of one sum: from its rows
+        # and, in a sequence group, whose ranks all have the same loss, from its tokens. It also
         # divides by gradient_accumulation_steps, which is 1 whatever the number of micro-batches.
         self._engine.backward(loss * self._world_size)
 
@@ -96,12 +103,12 @@ class DeepSpeedBackend:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         total = values.to(self.device)
-        torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(total, group=self._row_ranks)
         return total
 
     def collect(self, value: T) -> list[T]:
-        values: list[Any] = [None] * self._world_size
-        torch.distributed.all_gather_object(values, value)
+        values: list[Any] = [None] * torch.distributed.get_world_size(self._row_ranks)
+        torch.distributed.all_gather_object(values, value, group=self._row_ranks)
         return values
 
     @contextlib.contextmanager

@@ -12,14 +12,16 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from grpo.errors import UserError
 from learner.chunked_log_probs import chunked_log_probs, log_softmax
-from learner.config import LearnerConfig
+from learner.config import LearnerConfig, heads_problem
 from learner.packing import Block
-from learner.row_attention import ROW_ATTENTION, ROW_LENGTHS
+from learner.row_attention import ROW_ATTENTION, ROW_LENGTHS, SEQUENCE_GROUP
+from learner.sequence_parallel import SequenceGroup
 
 MAX_LOGITS = 2**26  # logits held at once: 256 MiB in float32
 # Names of a recipe -> of transformers.
@@ -100,6 +102,7 @@ class Policy(nn.Module):
         self.model = model
         self.model.set_output_embeddings(LogProbHead(head, temperature=temperature))
         self.adapters: Adapters | None = None  # None: all weights are trained
+        self.sequence_group: SequenceGroup | None = None  # None: every line is on one rank
 
     def forward(
         self,
@@ -118,16 +121,31 @@ class Policy(nn.Module):
         Rows are kept apart by `row_lengths`; implementations of transformers itself read from
         `position_ids`, where they restart, where a row begins.
         """
-        decoder = self.model.get_decoder()
-        output = decoder(
+        group = self.sequence_group
+        if group is not None:
+            missing = max(0, group.size - input_ids.shape[1])
+            if missing:  # models take no empty line: a row that nobody reads fills the other ranks
+                input_ids, position_ids = (
+                    pad(input_ids, (0, missing)),
+                    pad(position_ids, (0, missing)),
+                )
+                row_lengths = (*row_lengths, missing)
+            start, end = group.span(input_ids.shape[1])
+            input_ids, position_ids = input_ids[:, start:end], position_ids[:, start:end]
+            is_mine = (predictors >= start) & (predictors < end)
+            predictors, targets = predictors[is_mine] - start, targets[is_mine]
+        output = self.model.get_decoder()(
             input_ids=input_ids,
             position_ids=position_ids,
             use_cache=False,
-            **{ROW_LENGTHS: row_lengths},
+            **{ROW_LENGTHS: row_lengths, SEQUENCE_GROUP: group},
         )
         hidden = output.last_hidden_state.flatten(0, 1)[predictors]
         outputs = self.head(hidden, targets, with_entropy)
-        return (*outputs, hidden) if with_hidden else cast(tuple[Tensor, ...], outputs)
+        outputs = (*outputs, hidden) if with_hidden else outputs
+        if group is not None:
+            outputs = tuple(group.gathered(part, is_mine) for part in outputs)
+        return cast(tuple[Tensor, ...], outputs)
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """A weight of `named_weights` with what its adapter adds to it."""
@@ -202,4 +220,23 @@ def refuse_unpackable(model: PreTrainedModel, name: str) -> None:
             f"another gets log-probabilities that differ by {gap:.3g} from the model's own. Its "
             "layers see across rows, or its logits are scaled after the output layer. Choose a "
             "decoder with plain attention and an unscaled output layer (Qwen, Llama, Mistral)"
+        )
+
+
+def refuse_unshareable(model: PreTrainedModel, sequence_parallel: int) -> None:
+    """Heads that a sequence group cannot share out, and positions that depend on the whole line."""
+    if sequence_parallel == 1:
+        return
+    shape = model.config.get_text_config()
+    heads = shape.num_attention_heads
+    key_heads = getattr(shape, "num_key_value_heads", None) or heads  # not named: each its own
+    if problem := heads_problem(
+        heads=heads, key_heads=key_heads, sequence_parallel=sequence_parallel
+    ):
+        raise UserError(problem)
+    rotary = str(getattr(shape, "rope_parameters", None))
+    if "'dynamic'" in rotary or "'longrope'" in rotary:
+        raise UserError(
+            f"{type(model).__name__} scales its positions by the longest of a line, which a rank "
+            "does not see: leave learner.sequence_parallel out"
         )

@@ -14,16 +14,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from grpo.errors import UserError
+from learner.sequence_parallel import SequenceGroup
 
 ROW_ATTENTION = "covey_rows"
 ROW_LENGTHS = "row_lengths"  # the argument of a model's forward pass that says where rows end
+SEQUENCE_GROUP = "sequence_group"  # the argument that says which ranks share the line
 # What some models add to attention, and this one does not compute.
 _EXTRAS = ("softcap", "s_aux", "head_mask", "position_bias")
 
 
 def row_attention(
     module: nn.Module,
-    query: Tensor,  # [1, H, L, D]
+    query: Tensor,  # [1, H, L, D], of this rank's tokens
     key: Tensor,  # [1, K, L, D]
     value: Tensor,  # [1, K, L, D]
     attention_mask: Tensor | None,
@@ -32,6 +34,7 @@ def row_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     row_lengths: tuple[int, ...] | None = None,  # None: a line is one row
+    sequence_group: SequenceGroup | None = None,  # None: this rank holds the whole line
     **others: object,
 ) -> tuple[Tensor, None]:
     """[1, L, H, D], and no attention weights."""
@@ -48,12 +51,18 @@ def row_attention(
         )
     # A model that does not pass lengths on is told apart by `refuse_unpackable`.
     lengths = (query.shape[2],) if row_lengths is None else row_lengths
-    parts = [part.split(lengths, dim=2) for part in (query, key, value)]
-    found = [
+    inputs: tuple[Tensor, ...] = (query, key, value)
+    if sequence_group is not None:
+        inputs = tuple(sequence_group.whole_line(part, sum(lengths)) for part in inputs)
+    parts = [part.split(lengths, dim=2) for part in inputs]
+    rows = [
         _causal(q, k, v, scaling=scaling, window=sliding_window)
         for q, k, v in zip(*parts, strict=True)
     ]
-    return torch.cat(found, dim=2).transpose(1, 2), None
+    found = torch.cat(rows, dim=2)
+    if sequence_group is not None:
+        found = sequence_group.own_tokens(found)
+    return found.transpose(1, 2), None
 
 
 def _causal(

@@ -21,7 +21,7 @@ from grpo.algorithms.user_file import is_file_name
 from grpo.errors import CoveyError, UserError
 from grpo.types import FinishReason, Group, Int32, Origin, Prompt, Rollout, Score, Span
 from orchestration.check_data import data_checks, require_domains
-from orchestration.check_model import model_facts, vocabulary_fits
+from orchestration.check_model import heads_fit, model_facts, vocabulary_fits
 from orchestration.config import Recipe
 from orchestration.placement import shortage, total
 from orchestration.prompts import PromptSet
@@ -58,6 +58,7 @@ def checked(recipe: Recipe, *, local: bool = False) -> Iterator[Finding]:
     yield from _tried("machine", lambda: _machine(recipe, local))
     model = list(_tried("model", lambda: model_facts(recipe.model, recipe.max_model_len)))
     yield from model
+    yield from _tried("heads", lambda: heads_fit(recipe.model, recipe.learner.sequence_parallel))
     tokenizers: list[Tokenization] = []
     if Path(recipe.model).is_dir() or model[0].ok:  # else the hub would be asked again, in vain
         yield from _tried("tokenizer", lambda: _tokenizer(recipe.model, tokenizers))

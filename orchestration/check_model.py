@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from grpo.errors import UserError
+from learner.config import heads_problem
 
 INDEX_FILE = "model.safetensors.index.json"
 HUB_TIMEOUT_S = 10
@@ -44,6 +45,19 @@ def vocabulary_fits(model: str, largest_token: int, stop_ids: Sequence[int]) -> 
             f"the tokenizer gives token {largest}, but the model has embeddings for {size} "
             "(vocab_size in config.json): tokenizer and weights do not belong together"
         )
+
+
+def heads_fit(model: str, sequence_parallel: int) -> None:
+    """UserError if so many learner ranks cannot share a model folder's attention heads."""
+    folder = Path(model)
+    if sequence_parallel == 1 or not folder.is_dir():
+        return
+    shape = _text_config(_config(folder))
+    heads = shape["num_attention_heads"]
+    key_heads = shape.get("num_key_value_heads") or heads  # not named: every head has its own
+    problem = heads_problem(heads=heads, key_heads=key_heads, sequence_parallel=sequence_parallel)
+    if problem is not None:
+        raise UserError(problem)
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

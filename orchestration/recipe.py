@@ -338,7 +338,7 @@ def _size_problems(recipe: Recipe) -> Iterator[str]:
     """Work that cannot be cut into the pieces that the recipe asks for."""
     learner = recipe.learner
     rows = recipe.rollouts_per_step // recipe.updates_per_step
-    if rows < learner.ranks:
+    if rows < learner.row_ranks:
         yield (
             f"learner.ranks is {learner.ranks}, but an update has only {rows} rollouts: "
             "lower learner.ranks or raise num_prompts_per_step"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch.distributed
@@ -192,9 +193,10 @@ def outcomes_of(
     model: str,
     folder: Path,
     run: Case = run_case,
+    start: Literal["spawn", "fork"] = "spawn",
 ) -> list[dict[str, Outcome]]:
     """Run the cases on so many ranks; the outcomes of each rank by name."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(start)
     results: Queue[tuple[int, dict[str, Outcome]]] = context.Queue()
     master = f"127.0.0.1:{free_port()}"
     processes = [

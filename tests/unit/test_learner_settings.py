@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
-from learner.config import LearnerConfig
+from grpo.errors import UserError
+from learner.config import LearnerConfig, heads_problem
 from learner.environment import rank_environment
 from learner.schedule import learning_rate_at
+from orchestration.check_model import heads_fit
 
 
 def rates(config: LearnerConfig, total_steps: int) -> list[float]:
@@ -63,6 +68,48 @@ def test_offload_that_nothing_can_do_is_refused_with_the_remedy(
 ) -> None:
     with pytest.raises(ValidationError, match=remedy):
         LearnerConfig.model_validate(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"sequence_parallel": 2, "backend": "torch"}, "set backend: deepspeed and ranks: 2"),
+        ({"sequence_parallel": 4, "ranks": 6}, "set ranks to a multiple, as 4"),
+        ({"sequence_parallel": 4, "ranks": 2}, "set ranks to a multiple, as 4"),
+        (
+            {"sequence_parallel": 2, "ranks": 2, "attn_implementation": "eager"},
+            "set attn_implementation: sdpa",
+        ),
+    ],
+)
+def test_lines_that_ranks_cannot_share_are_refused_with_the_remedy(
+    settings: dict[str, object], remedy: str
+) -> None:
+    with pytest.raises(ValidationError, match=remedy):
+        LearnerConfig.model_validate(settings)
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "ranks", "works"),
+    # Four ranks copy two key-value heads; six heads go to two or three ranks, not to four.
+    [(4, 2, 4, True), (8, 8, 8, True), (6, 6, 4, False), (8, 3, 2, False), (14, 2, 4, False)],
+)
+def test_heads_that_do_not_divide_are_refused_with_what_would_work(
+    heads: int, key_heads: int, ranks: int, works: bool
+) -> None:
+    problem = heads_problem(heads=heads, key_heads=key_heads, sequence_parallel=ranks)
+    assert (problem is None) == works
+    if heads == 14:
+        assert problem is not None
+        assert problem.endswith("set it to one of 1, 2, 14")
+
+
+def test_the_check_reads_heads_from_the_model_folder(tmp_path: Path) -> None:
+    shape = {"model_type": "llama", "num_attention_heads": 6, "num_key_value_heads": 3}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    heads_fit(str(tmp_path), 3)
+    with pytest.raises(UserError, match=r"3 key-value heads.*one of 1, 3, 6"):
+        heads_fit(str(tmp_path), 2)
 
 
 @pytest.mark.parametrize(
