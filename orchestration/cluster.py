@@ -38,6 +38,7 @@ def connect(recipe: Recipe) -> bool:
     else:
         cpus, _ = total(recipe)
         _init(
+            address="local",  # else Ray joins a cluster that somebody has started on this machine
             num_cpus=max(LOGICAL_CPUS * (os.cpu_count() or 1), ceil(cpus)),
             include_dashboard=False,
         )
