@@ -15,7 +15,10 @@ HEAD_CPUS = 3  # the driver's node, which is never killed
 
 @contextmanager
 def cluster_of(*nodes_cpus: int) -> Iterator[Cluster]:
-    """The head and a node for each of these numbers of CPUs; a run joins it by RAY_ADDRESS."""
+    """The head and a node for each of these numbers of CPUs; a run joins it by RAY_ADDRESS.
+
+    While it is up, ray.init() of others on this machine joins it, too, unless told otherwise.
+    """
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": HEAD_CPUS, "include_dashboard": False}
     )
