@@ -10,8 +10,8 @@ turn as the sync; ratios are medians over the turns. `publish` is the learner's 
 checksum, which is measured once more by itself. The rest are the engine's phases: what it reports.
 
 With --adapters every size is measured twice, with LoRA of rank 16 beside all linear layers: once
-the merged model is published, once A and B. `rollout` is what adapters cost in turn: 64 rollouts
-of 64 tokens after a context of 60.
+the merged model is published, once A and B. `rollout` is what adapters cost in turn: 32 rollouts
+of 32 tokens after a context of 60.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ async def _measure(title: str, model: str, config: LearnerConfig, turns: int) ->
 
 
 async def _rollout_speed(worker: RolloutWorker) -> float:
-    """Tokens per second of 64 rollouts; no context is like another, nor like one before."""
+    """Tokens per second of 32 rollouts; no context is like another, nor like one before."""
     rng = np.random.default_rng()
-    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=64)
+    sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=32)
     requests = [
         SampleRequest(
             group=0,
@@ -103,7 +103,7 @@ async def _rollout_speed(worker: RolloutWorker) -> float:
             sampling=sampling,
             seed=index,
         )
-        for index in range(64)
+        for index in range(32)
     ]
     started = time.perf_counter()
     rollouts = await worker.sample(requests)

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from grpo.errors import UserError, WeightMismatch
-from grpo.types import AdapterShape, Rollout, SampleRequest
+from grpo.types import AdapterShape, Rollout, SampleRequest, WeightRef
+from orchestration.local import LocalRolloutSpawner
 from rollout_workers.config import RolloutConfig
 from rollout_workers.environment import engine_environment
 from rollout_workers.worker import RolloutWorker
 from tests.unit.learner_cases import batch_of, random_rows, rank_of, save, torch_config
+from tests.unit.pool_setting import started_engines
 from tests.unit.rollout_models import (
     MAX_MODEL_LEN,
     adapted,
@@ -33,6 +35,8 @@ from tests.unit.rollout_models import (
 ALL_LINEAR = AdapterShape(rank=3, alpha=2, target_modules="all-linear")
 # One slice of a product that vLLM packs (q, k, v) and one layer that it does not pack.
 SOME = AdapterShape(rank=8, alpha=4, target_modules=("k_proj", "down_proj"))
+
+PATIENCE = {"deadline_s": 120.0, "start_deadline_s": 120.0}  # a model is loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +152,39 @@ def test_vllm_reads_the_files_of_a_checkpoint_s_adapter(served: Served, tmp_path
     rollouts = served.sample(requests(8))
     assert largest_gap(policy(str(tmp_path / "huggingface"), seed=0), rollouts) < 1e-4
     assert largest_gap(policy(served.model, seed=0), rollouts) > 1e-2
+
+
+def test_a_worker_in_the_place_of_a_lost_one_has_the_adapters_before_it_serves(
+    tmp_path: Path,
+) -> None:
+    model = make_model(tmp_path, tied=True)
+    config = RolloutConfig(engine="transformers")
+    learned = adapted(model, ALL_LINEAR, seed=1)
+    sent = adapter_bundle(learned, ALL_LINEAR, 7)
+    workers: list[RolloutWorker] = []
+
+    def worker() -> RolloutWorker:
+        workers.append(RolloutWorker(model, config, MAX_MODEL_LEN, ALL_LINEAR))
+        return workers[-1]
+
+    spawner = LocalRolloutSpawner(worker, asyncio.Lock())
+
+    async def main() -> list[Rollout]:
+        async with started_engines(spawner, 2, **PATIENCE) as pool:
+            await pool.load_weights(
+                WeightRef(
+                    version=7, num_bytes=sent.payload.nbytes, checksum=sent.checksum, location=sent
+                )
+            )
+            for lost in workers[:2]:
+                await lost.close()  # the next call finds it lost
+            groups = await asyncio.gather(*[pool.sample(requests(4)) for _ in range(4)])
+        return [rollout for group in groups for rollout in group]
+
+    rollouts = asyncio.run(main())
+    assert len(workers) > 2
+    assert {int(version) for rollout in rollouts for version in rollout.versions} == {7}
+    assert largest_gap(learned, rollouts) < 1e-4
 
 
 def test_a_name_that_is_no_layer_is_refused_when_the_engine_starts(tmp_path: Path) -> None:
