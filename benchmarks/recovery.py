@@ -17,10 +17,12 @@ import argparse
 import asyncio
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -31,6 +33,7 @@ from orchestration.group_task import rollout_seed
 from orchestration.prompt_order import PromptOrder
 from orchestration.roles import Roles, started_roles
 from orchestration.run_inputs import planned_order
+from orchestration.starter.data import write_datasets
 from orchestration.waits import Waits
 from orchestration.weight_sync import sync_weights
 from rollout_workers.tokenization import Tokenization
@@ -107,11 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{WORKERS} rollout workers, {GROUPS_AT_A_WORKER} groups of {ROLLOUTS} rollouts at each")
     print(f"{'engine':14}{'kills':>6}{'s to a full pool':>18}{'lowest':>8}{'highest':>9}", end="")
     print(f"{'groups asked again':>20}{'tokens lost':>13}{'highest':>9}")
-    for engine in options.engines:
-        settings = {**SETTINGS, "rollout.engine": engine}
-        overrides = [f"{name}={value}" for name, value in settings.items()]
-        recipe = read_recipe("recipes/quickstart.yaml", overrides).recipe
-        asyncio.run(_measure(recipe, options.kills))
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_datasets(Path(folder), num_train=1000, num_heldout=10)
+        for engine in options.engines:
+            settings = {**SETTINGS, "rollout.engine": engine, "data.train": data.train}
+            overrides = [f"{name}={value}" for name, value in settings.items()]
+            recipe = read_recipe("recipes/quickstart.yaml", overrides).recipe
+            asyncio.run(_measure(recipe, options.kills))
 
 
 async def _measure(recipe: Recipe, kills: int) -> None:
