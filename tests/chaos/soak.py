@@ -40,7 +40,8 @@ class Soak:
     """A run that is shot at for a while."""
 
     def __init__(self, folder: Path, *, minutes: float, seed: int, roles: Sequence[Role]) -> None:
-        self._until = time.monotonic() + 60 * minutes
+        self._minutes = minutes
+        self._until: float | None = None  # counted from the first step on
         self._started = time.monotonic()
         self._order: PromptOrder | None = None
         self.problems: list[str] = []
@@ -82,8 +83,12 @@ class Soak:
 
     def _line(self, line: str) -> None:
         """Ask the run to stop when the time is over."""
+        if not line.startswith("step "):
+            return
+        if self._until is None:
+            self._until = time.monotonic() + 60 * self._minutes
         process = self._attack.process
-        if time.monotonic() > self._until and process is not None and line.startswith("step "):
+        if time.monotonic() > self._until and process is not None:
             self._until = float("inf")
             process.send_signal(signal.SIGINT)
 
