@@ -10,17 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from grpo.errors import CoveyError, NonFinite, UserError
 from grpo.types import TrainBatch
 from orchestration.batch_files import BatchFile, Outcome, batch_files, read_batch
 from orchestration.checkpoint import find_damage
-from orchestration.config import Recipe
 from orchestration.resume import whole_checkpoints
 from orchestration.roles import Learner
-from orchestration.run_directory import CONFIG_FILE
-from orchestration.yaml_source import read_yaml
 
 GAP = "log_prob_gap/mean"
 # A policy that is another one differs from the engine's by far more than rounding does.
@@ -59,28 +54,6 @@ class Comparison:
         ours, theirs = self.recorded.metrics or {}, self.recomputed.metrics or {}
         names = dict.fromkeys([*ours, *theirs])
         return [name for name in names if not _same(ours.get(name), theirs.get(name))]
-
-
-def found_run(argument: str) -> Path:
-    """The folder of a run by its path, or by its name in ./runs."""
-    named = [Path(argument), Path("runs") / argument]
-    for path in named:
-        if (path / CONFIG_FILE).is_file():
-            return path.resolve()
-    if not any(path.exists() for path in named):
-        raise UserError(f"{argument}: there is no such run; expected the folder of a run")
-    raise UserError(f"{argument} is no run folder: it holds no {CONFIG_FILE}")
-
-
-def recipe_of_run(run: Path) -> Recipe:
-    """The recipe that the run began with; its data need not be there any more."""
-    try:
-        return Recipe.model_validate(read_yaml(run / CONFIG_FILE).data)
-    except ValidationError as error:
-        raise UserError(
-            f"{run / CONFIG_FILE} is no recipe for this version of covey: {error}\n"
-            "use the version that wrote it (see versions.json of the run)"
-        ) from error
 
 
 def recorded_step(run: Path, step: int) -> RecordedStep:

@@ -11,6 +11,7 @@ from grpo.pipeline import Pipeline
 from grpo.types import Prompt
 from orchestration.checkpoint import DriverState, decoded_state, find_damage, read_driver_state
 from orchestration.config import Recipe
+from orchestration.found_run import recipe_of_run
 from orchestration.progress import Progress
 from orchestration.prompt_order import PromptOrder, easy_to_hard
 from orchestration.prompts import load_prompts
@@ -20,8 +21,6 @@ from orchestration.resume import (
     require_same_recipe,
     resolve_resume,
 )
-from orchestration.run_directory import CONFIG_FILE
-from orchestration.yaml_source import read_yaml
 from rollout_workers.tokenization import Tokenization
 
 # Sections and settings; a checkpoint does not depend on how the learner is cut into ranks.
@@ -67,7 +66,8 @@ def read_inputs(recipe: Recipe, resume: str | None) -> RunInputs:
                 f"checkpoint {point.checkpoint} is damaged: {damage}. "
                 "Name an older one: --resume RUN/checkpoints/step_N"
             )
-        saved = read_yaml(point.run / CONFIG_FILE).data
+        # Read as a recipe: a setting that is newer than the run has its default there.
+        saved = recipe_of_run(point.run).model_dump(mode="json")
         require_same_recipe(saved, recipe.model_dump(mode="json"), may_change=FREE_TO_CHANGE)
     state = None if point is None else read_driver_state(point.checkpoint)
     if state is not None and state.step > recipe.steps:

@@ -18,7 +18,7 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
 
     from orchestration.doctor import diagnosed
-    from orchestration.recompute import found_run, recipe_of_run
+    from orchestration.found_run import found_run, recipe_of_run
 
     folder = found_run(options.run)
     found = diagnosed(folder, recipe_of_run(folder))

@@ -22,7 +22,8 @@ def run(arguments: Sequence[str]) -> int:
     """0: bit for bit equal, 1: something differs."""
     options = _parser().parse_args(arguments)
 
-    from orchestration.recompute import explanation, found_run, recipe_of_run, recorded_step
+    from orchestration.found_run import found_run, recipe_of_run
+    from orchestration.recompute import explanation, recorded_step
     from orchestration.run_directory import version_changes
     from orchestration.versions import software_versions
 

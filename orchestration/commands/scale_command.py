@@ -21,7 +21,7 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
 
     from grpo.errors import UserError
-    from orchestration.recompute import found_run, recipe_of_run
+    from orchestration.found_run import found_run, recipe_of_run
     from orchestration.scaling import LOCAL, ask, in_words, parsed_sizes, read_pools
 
     folder = found_run(options.run)

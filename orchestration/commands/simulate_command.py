@@ -86,7 +86,7 @@ def _up_to(most: int) -> Callable[[str], int]:
 
 def _like(recipe: Recipe, run: str) -> tuple[Recipe, Sequence[Sequence[int]] | None]:
     """The recipe with what the run has measured, and the lengths of its completions."""
-    from orchestration.recompute import found_run, recipe_of_run
+    from orchestration.found_run import found_run, recipe_of_run
     from orchestration.simulation.measured import measured
 
     folder = found_run(run)

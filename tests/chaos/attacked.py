@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestration.doctor import RunState, diagnosed
+from orchestration.found_run import recipe_of_run
 from orchestration.ledger import Ledger
-from orchestration.recompute import recipe_of_run
 from tests.chaos.plan import Kill, Role, encoded
 from tests.chaos.target import ANNOUNCED
 from tests.end_to_end.runs import REPOSITORY, settings

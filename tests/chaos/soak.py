@@ -22,9 +22,9 @@ from pathlib import Path
 from orchestration.checkpoint import DriverState, latest_checkpoint, read_driver_state
 from orchestration.config import Recipe
 from orchestration.doctor import RunState, diagnosed
+from orchestration.found_run import recipe_of_run
 from orchestration.ledger import Ledger, audited, read_entries
 from orchestration.prompt_order import PromptOrder
-from orchestration.recompute import recipe_of_run
 from orchestration.run_directory import GROUPS_FILE
 from orchestration.run_inputs import planned_order
 from rollout_workers.tokenization import Tokenization

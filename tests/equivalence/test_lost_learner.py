@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections import Counter
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +19,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.errors import Fatal, StateLost
+from grpo.errors import Fatal, StateLost, UserError
 from grpo.types import Float32, MeasureRequest, StepReport, TrainBatch, TrainRow, WeightRef
 from orchestration.checkpoint import latest_checkpoint, read_driver_state
 from orchestration.config import Recipe
 from orchestration.display import Display
+from orchestration.found_run import recipe_of_run
 from orchestration.ledger import audited, read_entries
 from orchestration.roles import Learner, local_learner, local_parts, local_recipe, started_parts
 from orchestration.run_inputs import read_inputs
@@ -205,3 +207,18 @@ def test_ranks_that_cannot_be_started_leave_those_there_were(whole: Left, tmp_pa
     left = trained(tmp_path, ranks=3)
     assert left.learner.starts == [3, 1]
     assert [step["reward"] for step in left.steps] == [step["reward"] for step in whole.steps]
+
+
+def test_a_run_that_began_before_a_setting_existed_is_resumed(whole: Left, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole.path, tmp_path / "run"))
+    recipe = recipe_of_run(run)
+    text = (run / "config.yaml").read_text()
+    assert "learner_losses: 3\n" in text
+    assert "window: 1\n" in text
+    (run / "config.yaml").write_text(
+        text.replace("  learner_losses: 3\n", "").replace("window: 1\n", "")
+    )
+    inputs = read_inputs(recipe, str(run))
+    assert inputs.progress_at(inputs.state).step == 6
+    with pytest.raises(UserError, match="window: was 1, is 2"):
+        read_inputs(recipe.model_copy(update={"window": 2}), str(run))
