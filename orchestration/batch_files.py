@@ -78,9 +78,12 @@ def write_batch(run: Path, recorded: RecordedBatch) -> Path:
     with draft.open("wb") as file:
         np.savez(file, allow_pickle=False, **_arrays(recorded))
     draft.replace(path)
-    if recorded.outcome.error is None:  # done at last: the failure was of an abandoned attempt
-        _path(run, recorded.batch, is_failed=True).unlink(missing_ok=True)
     return path
+
+
+def forget_failure(run: Path, batch: TrainBatch) -> None:
+    """The batch was trained on at last: what failed was an attempt that was abandoned."""
+    _path(run, batch, is_failed=True).unlink(missing_ok=True)
 
 
 def read_batch(path: Path) -> RecordedBatch:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from grpo.errors import Fatal, NonFinite
 from grpo.types import Float32, MeasureRequest, StepReport, TrainBatch, TrainRow, WeightRef
-from orchestration.batch_files import Outcome, RecordedBatch, write_batch
+from orchestration.batch_files import Outcome, RecordedBatch, forget_failure, write_batch
 from orchestration.training_step import StepLearner
 
 
@@ -36,6 +36,7 @@ class RecordingLearner:
             raise told from error
         if self._keeps_all:
             await self._write(batch, Outcome(metrics=report.metrics))
+        forget_failure(self._run, batch)
         return report
 
     async def measure(self, request: MeasureRequest) -> Mapping[str, list[list[Float32]]]:

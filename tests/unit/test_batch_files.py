@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpo.errors import Fatal, NonFinite, OutOfMemory, UserError
+from grpo.errors import Fatal, NonFinite, OutOfMemory, StateLost, UserError
 from grpo.types import StepReport, TrainBatch, TrainRow
 from orchestration.batch_files import (
     Outcome,
@@ -165,13 +165,24 @@ def test_a_batch_is_kept_however_the_learner_failed(tmp_path: Path, error: Fatal
     assert names(tmp_path) == ["failed_step_7.npz"]
 
 
-def test_a_step_that_succeeds_at_last_replaces_its_failure(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("keeps_all", "left"), [(True, ["step_7.npz"]), (False, [])])
+def test_a_step_that_succeeds_at_last_replaces_its_failure(
+    tmp_path: Path, keeps_all: bool, left: list[str]
+) -> None:
     with pytest.raises(Fatal):
-        train(FailingLearner(Fatal("lost")), tmp_path, keeps_all=True)
+        train(FailingLearner(Fatal("lost")), tmp_path, keeps_all=keeps_all)
     drop_later(tmp_path, 5)  # resuming leaves the evidence
     assert names(tmp_path) == ["failed_step_7.npz"]
-    train(FakeLearner(), tmp_path, keeps_all=True)
-    assert names(tmp_path) == ["step_7.npz"]
+    train(FakeLearner(), tmp_path, keeps_all=keeps_all)
+    assert names(tmp_path) == left
+
+
+def test_a_loss_keeps_the_name_of_what_was_lost(tmp_path: Path) -> None:
+    lost = StateLost("the learner is lost: killed")
+    lost.owner = "learner rank 1"
+    with pytest.raises(StateLost) as caught:
+        train(FailingLearner(lost), tmp_path, keeps_all=True)
+    assert caught.value.owner == "learner rank 1"
 
 
 def test_the_learner_s_failure_is_heard_even_if_its_batch_cannot_be_saved(tmp_path: Path) -> None:
