@@ -48,13 +48,7 @@ class Soak:
         self._attack = Attack(
             folder=folder,
             kills=some_random_kills(seed, roles, MOST_KILLS),
-            # By chance the learner may be hit more often than is healthy between two checkpoints.
-            changes={
-                **SMALL,
-                "steps": STEPS,
-                "max_staleness": 1,
-                "alarms.learner_losses": MOST_KILLS,
-            },
+            changes={**SMALL, "steps": STEPS, "max_staleness": 1},
             heals_between=False,
             on_kill=self._killed,
             on_line=self._line,

@@ -56,18 +56,15 @@ class Shots:
         self._waits: Waits | None = None
         self._step = 0
         self._is_armed = False  # a step was trained since the last kill
-        self._saved_step: int | None = None
-        self._went_back_to: int | None = None  # when the learner was killed last
         self._took_s: dict[Phase, float] = {}
 
     def watch(self, waits: Waits) -> None:
         """These know where the processes are."""
         self._waits = waits
 
-    def trained(self, step: int, saved_step: int | None) -> None:
-        """A step was done; `saved_step` is of the newest checkpoint."""
-        self._step, self._saved_step = step, saved_step
-        self._is_armed = saved_step is not None  # without one nothing could go on
+    def trained(self, step: int, *, is_saved: bool) -> None:
+        """A step was done; `is_saved`: there is a checkpoint, without which nothing could go on."""
+        self._step, self._is_armed = step, is_saved
 
     @contextmanager
     def during(self, phase: Phase, owner: str = "") -> Iterator[None]:
@@ -77,8 +74,6 @@ class Shots:
         if kill is not None and victim is not None:
             self._is_armed = False
             self._next += 1
-            if kill.role is Role.LEARNER:
-                self._went_back_to = self._saved_step
             after_s = kill.fraction * self._took_s.get(phase, 0.0)
             self._fire(kill, *victim, after_s=after_s)
         began = time.monotonic()
@@ -207,7 +202,7 @@ def hook(shots: Shots, *, heals_between: bool) -> None:
 
     def noted(self: RunJournal, step: Any) -> None:
         trained(self, step)
-        shots.trained(step.step, max(whole_steps(self._run.path), default=None))
+        shots.trained(step.step, is_saved=bool(whole_steps(self._run.path)))
 
     patches: list[tuple[Any, str, Callable[..., Any]]] = [
         (Waits, "_opened", watched),
