@@ -8,7 +8,8 @@ import pytest
 
 from tests.end_to_end.runs import RunFolder, covey, finished, lines_until, only_run, train
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+# Seven commands and as many starts of workers: three minutes where a start takes 20 s.
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def scale(run: Path, *sizes: str) -> tuple[int, str]:

@@ -174,7 +174,7 @@ def test_an_engine_that_starts_with_other_weights_is_found_before_any_sync(tmp_p
         async with started_roles(
             recipe, local=True, waits=Waits(), on_phase=lambda _: None
         ) as roles:
-            other = SpoilingLearner(roles.learner, from_version=0)
+            other = SpoilingLearner(roles.learner, from_version=0, name=SPOILT, factor=1.02)
             await roles.engine.load_weights(await other.publish(0))
             return await report_of(recipe, roles, roles.learner)
 
