@@ -7,6 +7,7 @@ reference. Refuses to know algorithms, schedules and pools.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,9 @@ class RayScorerSpawner:
 
 async def _started(actor: ActorHandle[Any]) -> ActorHandle[Any]:
     """The actor once it is ready; one that is not wanted any more leaves no process behind."""
-    try:
+    with ExitStack() as unfinished:
+        unfinished.callback(ray.kill, actor)
         await located(actor)
         await answer(actor.start.remote())
-    except BaseException:
-        ray.kill(actor)
-        raise
+        unfinished.pop_all()
     return actor

@@ -8,7 +8,7 @@ from grpo.pipeline import Pipeline
 from orchestration.config import Recipe
 from orchestration.driver import Driver, Journal
 from orchestration.group_task import GroupRecipe
-from orchestration.progress import Progress, Schedule
+from orchestration.progress import Progress, planned_schedule
 from orchestration.prompt_order import PromptOrder
 from orchestration.roles import Roles
 from orchestration.run_inputs import planned_order
@@ -49,20 +49,11 @@ def real_driver(
     if pipeline is not None:
         common = replace(common, pipeline=pipeline)
     return Driver(
-        schedule=Schedule(
-            steps=recipe.steps,
-            groups_per_step=recipe.sampled_per_step,
-            replayed_per_step=recipe.replayed_per_step,
-            replay_steps=recipe.replay.steps,
-            updates_per_step=recipe.updates_per_step,
-            epochs_per_step=recipe.epochs_per_step,
-            max_staleness=recipe.max_staleness,
-            window=recipe.window,
+        schedule=replace(
+            planned_schedule(recipe),
             checkpoint_every=0,
             evaluate_every=0,
-            max_log_prob_gap=recipe.alarms.log_prob_gap,
             max_dropped_rate=0.9,
-            max_steps_without_signal=recipe.alarms.steps_without_signal,
             take_deadline_s=DEADLINE_S,
             train_deadline_s=DEADLINE_S,
             sync_deadline_s=DEADLINE_S,
