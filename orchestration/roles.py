@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from grpo.engines import RolloutEngine
+from grpo.errors import root_cause
 from learner.environment import thread_environment
 from orchestration.config import Recipe
 from orchestration.group_task import ScorerRole
@@ -178,15 +179,12 @@ def _pools(
 
 @asynccontextmanager
 async def _background() -> AsyncIterator[asyncio.TaskGroup]:
-    """What goes on beside the block; an error of the block itself comes out as it is."""
-    own: Exception | None = None
-    async with asyncio.TaskGroup() as tasks:
-        try:
+    """What goes on beside the block; the first error of either comes out as it is."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
             yield tasks
-        except Exception as error:  # not handled here: raised again behind the group
-            own = error
-    if own is not None:
-        raise own
+    except BaseExceptionGroup as group:
+        raise root_cause(group) from None
 
 
 @asynccontextmanager
