@@ -6,8 +6,11 @@ reference. Refuses to know algorithms, schedules and pools.
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,19 @@ from orchestration.config import Recipe
 from orchestration.scorer_pool import ScorerWorker
 from reward_services.config import ScorerConfig
 from reward_services.service import ScorerService
+from rollout_workers.turns import Together, Turn
 from rollout_workers.worker import RolloutWorker
 
 # Groups that may wait in one worker at a time; the engine batches them itself.
 MAX_CONCURRENT_CALLS = 10_000
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _SampleCall:
+    """Rollouts of one group that are asked for, and Ray's reference to them once they are."""
+
+    requests: list[SampleRequest]
+    answer: Any = None
 
 
 class RayRolloutWorker:
@@ -32,10 +44,24 @@ class RayRolloutWorker:
 
     def __init__(self, actor: ActorHandle[Any]) -> None:
         self.actor = actor
+        self._turn = Turn(self._hand_over)
+        self._turns = itertools.count()
 
     async def sample(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
-        result: list[Rollout] = await answer(self.actor.sample.remote(list(requests)))
+        call = _SampleCall(requests=list(requests))
+        await self._turn.join([call])
+        try:
+            result: list[Rollout] = await answer(call.answer)
+        except asyncio.CancelledError:
+            ray.cancel(call.answer)  # it would run beside those that somebody waits for
+            raise
         return result
+
+    def _hand_over(self, calls: Sequence[_SampleCall]) -> None:
+        turn = next(self._turns)
+        for place, call in enumerate(calls):
+            together = Together(turn=turn, place=place, size=len(calls))
+            call.answer = self.actor.sample.remote(call.requests, together)
 
     async def load_weights(self, ref: WeightRef) -> LoadReport:
         result: LoadReport = await answer(self.actor.load_weights.remote(ref.location))

@@ -10,10 +10,10 @@ unblocked by: `call` and `stop`. When a step raises, every waiter gets WorkerLos
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from grpo.errors import WorkerLost
 
@@ -72,6 +72,17 @@ class StepLoop(Generic[S]):
         if self._lost is not None:
             self._refuse(self._lost)  # the thread may have ended before it saw this one
         return done
+
+    def give(self, run: Callable[[S], None], answers: Sequence[Future[Any]]) -> None:
+        """Have `run` called between two steps; its error goes to whoever waits for `answers`."""
+
+        def refused(given: Future[None]) -> None:
+            if (error := given.exception()) is not None:
+                for answer in answers:
+                    if answer.set_running_or_notify_cancel():
+                        answer.set_exception(error)
+
+        self.call(run).add_done_callback(refused)
 
     def stop(self) -> None:
         """End the thread; what still runs fails with WorkerLost."""

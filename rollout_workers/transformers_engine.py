@@ -31,6 +31,7 @@ from rollout_workers.merged_adapters import MergedAdapters
 from rollout_workers.step_loop import StepLoop
 from rollout_workers.token_choice import choose
 from rollout_workers.tokenization import Tokenization
+from rollout_workers.turns import Turn
 
 
 class TransformersEngine:
@@ -50,29 +51,22 @@ class TransformersEngine:
         self._adapters = adapters
         self._tokenization = Tokenization(model)
         self._loop = StepLoop("transformers-engine", self._build)
-        self._arrived: list[_Row] = []  # in this turn of the event loop
+        self._turn = Turn(self._hand_over)
 
     async def start(self) -> None:
         """Load the model."""
         await asyncio.wrap_future(self._loop.start())
 
     async def sample(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
-        """One rollout per request; all requests of all callers run together.
-
-        Those that are asked for in one turn of the event loop join together. Which rows are beside
-        each other, and with it the last digit of a log-probability, would else depend on how far
-        the thread has come: at staleness 0 a resumed run would not be the uninterrupted one.
-        """
+        """One rollout per request; all requests of all callers run together."""
         for request in requests:
             check_room(request, self._max_model_len)
         rows = [_row(request) for request in requests]
         for row in rows:
             if is_complete(row.request, self._tokenization.stop_ids):
                 row.done.set_result(NOTHING)
-        self._arrived += [row for row in rows if not row.done.done()]
         try:
-            await asyncio.sleep(0)  # to the end of the turn
-            self._hand_over()
+            await self._turn.join([row for row in rows if not row.done.done()])
             sampled = [await asyncio.wrap_future(row.done) for row in rows]
         except asyncio.CancelledError:
             for row in rows:
@@ -83,19 +77,8 @@ class TransformersEngine:
             for row, tokens in zip(rows, sampled, strict=True)
         ]
 
-    def _hand_over(self) -> None:
-        """The first of a turn brings the rows of all to the decoder."""
-        rows, self._arrived = self._arrived, []
-        if not rows:
-            return
-
-        def refused(added: Future[None]) -> None:
-            if (error := added.exception()) is not None:
-                for row in rows:
-                    if row.done.set_running_or_notify_cancel():
-                        row.done.set_exception(error)
-
-        self._loop.call(lambda decoder: decoder.add(rows)).add_done_callback(refused)
+    def _hand_over(self, rows: Sequence[_Row]) -> None:
+        self._loop.give(lambda decoder: decoder.add(rows), [row.done for row in rows])
 
     async def load_weights(self, bundle: WeightBundle) -> LoadReport:
         """Swap the weights between two steps; running requests go on under the new ones."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -23,6 +24,16 @@ from rollout_workers.adapter_limits import INSTEAD
 from rollout_workers.completion import Sampled
 from rollout_workers.vllm_adapters import THE_ADAPTERS
 from rollout_workers.vllm_weights import WorkerExtension
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Asked:
+    """A request on its way into the engine."""
+
+    name: str  # new
+    prompt: list[int]
+    params: SamplingParams
+    done: Future[Sampled] = field(default_factory=Future)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,18 +66,25 @@ class VllmBatch:
             )
         self._adapters = THE_ADAPTERS
 
-    def add(
-        self, name: str, prompt: Sequence[int], params: SamplingParams, done: Future[Sampled]
-    ) -> None:
-        """Sample a completion into `done`; `name` must be new."""
-        tokens = {"prompt_token_ids": list(prompt)}
-        self._engine.add_request(name, tokens, params, lora_request=self._adapters)
-        self._running[name] = _Running(done=done, starts=[(self._version, 0)])
+    def add(self, asked: Sequence[Asked]) -> None:
+        """Sample a completion for each; the error of one that vLLM refuses is its own."""
+        for one in asked:
+            if one.done.cancelled():
+                continue
+            tokens = {"prompt_token_ids": one.prompt}
+            try:
+                self._engine.add_request(one.name, tokens, one.params, lora_request=self._adapters)
+            except (ValueError, VLLMValidationError) as error:
+                if one.done.set_running_or_notify_cancel():
+                    one.done.set_exception(error)
+            else:
+                self._running[one.name] = _Running(done=one.done, starts=[(self._version, 0)])
 
-    def abort(self, name: str) -> None:
-        """Forget a request that nobody waits for any more."""
-        if self._running.pop(name, None) is not None:
-            self._engine.abort_request([name])
+    def abort(self, names: Sequence[str]) -> None:
+        """Forget requests that nobody waits for any more."""
+        running = [name for name in names if self._running.pop(name, None) is not None]
+        if running:
+            self._engine.abort_request(running)
 
     def busy(self) -> bool:
         return bool(self._engine.has_unfinished_requests())

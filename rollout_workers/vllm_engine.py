@@ -15,8 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,12 @@ from grpo.errors import BadInput, WeightMismatch
 from grpo.types import AdapterShape, LoadReport, Rollout, SampleRequest, WeightBundle
 from rollout_workers.adapted_layers import adapted_layers
 from rollout_workers.adapter_limits import refuse_other_kind, vllm_rank
-from rollout_workers.completion import NOTHING, Sampled, check_room, is_complete, rollout
+from rollout_workers.completion import NOTHING, check_room, is_complete, rollout
 from rollout_workers.config import RolloutConfig
 from rollout_workers.step_loop import StepLoop
 from rollout_workers.tokenization import Tokenization
-from rollout_workers.vllm_batch import VllmBatch
+from rollout_workers.turns import Turn
+from rollout_workers.vllm_batch import Asked, VllmBatch
 from rollout_workers.vllm_weights import BACKEND, WorkerExtension
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -75,6 +75,7 @@ class VllmEngine:
         self._names = itertools.count()
         self._tokenization = Tokenization(model)
         self._loop = StepLoop("vllm-engine", self._build)
+        self._turn = Turn(self._hand_over)
 
     async def start(self) -> None:
         """Build the engine; seconds to minutes."""
@@ -85,15 +86,21 @@ class VllmEngine:
         """One rollout per request; all requests of all callers run together."""
         for request in requests:
             check_room(request, self._max_model_len)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                waits = [tasks.create_task(self._complete(request)) for request in requests]
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from None  # the others were cancelled or share its cause
+        with _refusals():
+            asked = [self._asked(request) for request in requests]
+            joining = [one for one in asked if one is not None]
+            try:
+                await self._turn.join(joining)
+                sampled = [one and await asyncio.wrap_future(one.done) for one in asked]
+            finally:  # all of them have ended, unless this call was refused or given up
+                self._loop.call(lambda batch: batch.abort([one.name for one in joining]))
         return [
-            rollout(request, wait.result(), self._tokenization)
-            for request, wait in zip(requests, waits, strict=True)
+            rollout(request, tokens or NOTHING, self._tokenization)
+            for request, tokens in zip(requests, sampled, strict=True)
         ]
+
+    def _hand_over(self, asked: Sequence[Asked]) -> None:
+        self._loop.give(lambda batch: batch.add(asked), [one.done for one in asked])
 
     async def load_weights(self, bundle: WeightBundle) -> LoadReport:
         """Swap the weights between two steps; running requests go on under the new ones."""
@@ -123,23 +130,12 @@ class VllmEngine:
         """Stop the engine and free what it holds."""
         await asyncio.to_thread(self._loop.stop)
 
-    async def _complete(self, request: SampleRequest) -> Sampled:
+    def _asked(self, request: SampleRequest) -> Asked | None:
+        """None: nothing is left to sample."""
         if is_complete(request, self._tokenization.stop_ids):
-            return NOTHING
-        name = str(next(self._names))
+            return None
         prompt = [*request.context.tolist(), *request.guidance.tolist()]
-        done: Future[Sampled] = Future()
-        try:
-            params = self._params(request)
-            await asyncio.wrap_future(
-                self._loop.call(lambda batch: batch.add(name, prompt, params, done))
-            )
-            return await asyncio.wrap_future(done)
-        except (ValueError, VLLMValidationError) as error:
-            raise BadInput(f"vLLM refuses the request: {error}") from error
-        except asyncio.CancelledError:
-            self._loop.call(lambda batch: batch.abort(name))
-            raise
+        return Asked(name=str(next(self._names)), prompt=prompt, params=self._params(request))
 
     def _params(self, request: SampleRequest) -> SamplingParams:
         sampling = request.sampling
@@ -207,6 +203,14 @@ def _inspect_here(model: str) -> None:
         if architecture in ModelRegistry.models:
             found = ModelRegistry.models[architecture].load_model_cls()
             ModelRegistry.register_model(architecture, found)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, VLLMValidationError) as error:
+        raise BadInput(f"vLLM refuses the request: {error}") from error
 
 
 def _swap(batch: VllmBatch, image: NDArray[np.uint8] | Path, bundle: WeightBundle) -> _Swap:

@@ -17,6 +17,7 @@ from grpo.errors import CoveyError, Fatal, UserError
 from grpo.types import AdapterShape, LoadReport, Rollout, SampleRequest, WeightBundle
 from rollout_workers.config import RolloutConfig
 from rollout_workers.environment import engine_environment
+from rollout_workers.turns import Gate, Together
 
 
 class Engine(Protocol):
@@ -47,6 +48,7 @@ class RolloutWorker:
         self._config = config
         self._max_model_len = max_model_len
         self._engine: Engine | None = None
+        self._gate = Gate()
 
     async def start(self) -> None:
         """Load the engine and the model; seconds on a CPU, minutes for a large model."""
@@ -57,8 +59,15 @@ class RolloutWorker:
             )
             await self._engine.start()
 
-    async def sample(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
-        """One rollout per request, in order; may be called again before the last call ended."""
+    async def sample(
+        self, requests: Sequence[SampleRequest], together: Together | None = None
+    ) -> list[Rollout]:
+        """One rollout per request, in order; may be called again before the last call ended.
+
+        `together`: what else was asked for with it, which an actor hears of one by one.
+        """
+        if together is not None:
+            await self._gate.passed(together)
         with _classified("rollouts could not be sampled"):
             return await self._started().sample(requests)
 

@@ -1,0 +1,58 @@
+"""Requests of one turn of the event loop reach an engine together, and in the order of asking."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+
+from rollout_workers.turns import Gate, Together, Turn
+
+
+def test_what_is_asked_for_in_one_turn_is_handed_over_at_once() -> None:
+    handed: list[list[int]] = []
+    turn = Turn(handed.append)
+
+    async def main() -> None:
+        await asyncio.gather(turn.join([1, 2]), turn.join([]), turn.join([3]))
+        await turn.join([4])
+        await turn.join([])
+
+    asyncio.run(main())
+    assert handed == [[1, 2, 3], [4]]
+
+
+@pytest.mark.parametrize("arrivals", list(itertools.permutations(range(3))))
+def test_calls_that_arrive_one_by_one_go_on_in_one_turn_and_in_their_order(
+    arrivals: tuple[int, ...],
+) -> None:
+    handed: list[list[int]] = []
+    turn, gate = Turn(handed.append), Gate()
+
+    async def call(place: int) -> None:
+        await gate.passed(Together(turn=7, place=place, size=3))
+        await turn.join([place])
+
+    async def main() -> None:
+        calls = []
+        for place in arrivals:
+            calls.append(asyncio.create_task(call(place)))
+            for _ in range(3):  # turns of the loop
+                await asyncio.sleep(0)
+        await asyncio.gather(*calls)
+
+    asyncio.run(main())
+    assert handed == [[0, 1, 2]]
+
+
+def test_a_turn_waits_for_its_own_calls_alone() -> None:
+    async def main() -> None:
+        gate = Gate()
+        early = asyncio.create_task(gate.passed(Together(turn=0, place=0, size=2)))
+        await gate.passed(Together(turn=1, place=0, size=1))
+        assert not early.done()
+        await gate.passed(Together(turn=0, place=1, size=2))
+        await early
+
+    asyncio.run(main())
