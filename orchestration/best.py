@@ -33,6 +33,11 @@ class Evaluations:
             saved = json.loads(self._path.read_text(encoding="utf-8"))["steps"]
             self._found = {int(n): values for n, values in saved.items() if int(n) <= step}
 
+    @property
+    def steps(self) -> Collection[int]:
+        """Those that were evaluated."""
+        return self._found.keys()
+
     def record(self, step: int, report: EvalReport) -> None:
         """Add what an evaluation found."""
         metrics = report.metrics()

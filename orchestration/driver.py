@@ -85,7 +85,7 @@ class Driver:
         journal: Journal,
         waits: Waits,
         progress: Progress,
-        evaluate: Callable[[int], Awaitable[None]],
+        evaluate: Callable[[Progress], Awaitable[None]],
         checkpoint: Callable[[Progress], Awaitable[None]],
         scorer_metrics: Callable[[], Awaitable[Mapping[str, float]]],
     ) -> None:
@@ -197,10 +197,18 @@ class Driver:
             self.is_between_steps = True
             self._learning.require_signal()
             at_end = step == schedule.steps
+            is_evaluated = _due(step, schedule.evaluate_every) and not at_end
+            # What runs beside a rollout decides the last digits of its figures: the groups of a
+            # synchronous step have the engines for themselves, as after a resume.
+            is_alone = is_evaluated and schedule.max_staleness == 0
+            if not is_alone:
+                await self._buffer.release(len(groups))
             if _due(step, schedule.checkpoint_every) or at_end:
                 await self._checkpoint(self.progress)
-            if _due(step, schedule.evaluate_every) and not at_end:
-                await self._evaluate(step)
+            if is_evaluated:
+                await self._evaluate(self.progress)
+            if is_alone:
+                await self._buffer.release(len(groups))
         return True
 
     async def _take(self) -> list[FinishedGroup]:
@@ -236,7 +244,6 @@ class Driver:
         timings |= {f"learner/{phase}": s for phase, s in learnt.report.timings_s.items()}
         gap = await self._checked_gap(step, version, learnt.report)
         scorer_metrics = await self._scorer_metrics()
-        await self._buffer.release(len(fresh))
         # No pause from here to the journal, as above.
         self.progress = Progress(
             step=step,

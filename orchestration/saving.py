@@ -132,6 +132,10 @@ class CheckpointSaver:
             await self._writing
             self._writing = None
 
+    def was_evaluated(self, step: int) -> bool:
+        """Whether this run has the figures of this step."""
+        return step in self._evaluations.steps
+
     async def evaluated(
         self, step: int, report: EvalReport, save: Callable[[], Awaitable[None]]
     ) -> None:

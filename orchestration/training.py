@@ -155,6 +155,7 @@ class Training:
             step=self._records.progress.step,
             on_saved=self._saved,
         ) as saver:
+            await self._evaluate_late(saver)
             with self._clock.phase("train"):
                 complete = await self._drive(saver)
             if complete and self._inputs.held_out:
@@ -177,6 +178,18 @@ class Training:
         await saver.evaluated(progress.step, report, save=lambda: self._save(saver, progress))
         return report
 
+    async def _evaluate_late(self, saver: CheckpointSaver) -> None:
+        """What the run ended before: its checkpoint was written, not evaluated yet."""
+        progress, every = self._records.progress, self._recipe.evaluation.every
+        is_during = every > 0 and 0 < progress.step < self._recipe.steps
+        was_due = is_during and progress.step % every == 0 and self._inputs.held_out
+        if was_due and not saver.was_evaluated(progress.step):
+            await self._evaluated_during(saver, progress)
+
+    async def _evaluated_during(self, saver: CheckpointSaver, progress: Progress) -> None:
+        label = f"step {progress.step}"
+        self._held_out.show(label, await self._evaluated(saver, label, progress))
+
     async def _drive(self, saver: CheckpointSaver) -> bool:
         driver = self._driver = self._new_driver(saver)
         self._stops.polite = driver.request_stop
@@ -198,9 +211,8 @@ class Training:
     def _new_driver(self, saver: CheckpointSaver) -> Driver:
         recipe = self._recipe
 
-        async def evaluate_during(step: int) -> None:
-            report = await self._evaluated(saver, f"step {step}", driver.progress)
-            self._held_out.show(f"step {step}", report)
+        async def evaluate(progress: Progress) -> None:
+            await self._evaluated_during(saver, progress)
 
         async def checkpoint(progress: Progress) -> None:
             self._records.progress = progress
@@ -227,7 +239,7 @@ class Training:
             journal=self._records.journal,
             waits=self._waits,
             progress=self._records.progress,
-            evaluate=evaluate_during,
+            evaluate=evaluate,
             checkpoint=checkpoint,
             scorer_metrics=self._roles.scorer_metrics,
         )

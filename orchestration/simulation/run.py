@@ -177,8 +177,8 @@ class _Simulation:
             journal=self,
             waits=waits,
             progress=Progress(algorithm_state=pipeline.initial_state),
-            evaluate=_no_evaluation,
-            checkpoint=_no_checkpoint,
+            evaluate=_not_simulated,
+            checkpoint=_not_simulated,
             scorer_metrics=roles.scorer_metrics,
         )
 
@@ -236,9 +236,5 @@ async def _nothing() -> None:
     """There is nothing to start or to end."""
 
 
-async def _no_evaluation(step: int) -> None:
-    """Not simulated."""
-
-
-async def _no_checkpoint(progress: Progress) -> None:
-    """Not simulated."""
+async def _not_simulated(progress: Progress) -> None:
+    """In place of evaluations and checkpoints."""

@@ -74,6 +74,7 @@ class Setting:
         self.learner = learner or FakeLearner(version=progress.version)
         self.journal = FakeJournal()
         self.checkpoints: list[Progress] = []
+        self.in_progress_at_evaluation: list[list[int]] = []
         self.after_checkpoint: Callable[[Progress], None] = lambda progress: None
         self.driver = Driver(
             schedule=schedule,
@@ -101,8 +102,9 @@ class Setting:
     async def _scorer_metrics(self) -> dict[str, float]:
         return {"scorers/answer/hit_rate": 0.25}
 
-    async def _evaluate(self, step: int) -> None:
-        self.evaluated = step
+    async def _evaluate(self, progress: Progress) -> None:
+        await asyncio.sleep(0)  # groups that may be admitted are
+        self.in_progress_at_evaluation.append(list(self.driver._buffer.in_progress))
 
     async def _checkpoint(self, progress: Progress) -> None:
         self.checkpoints.append(progress)

@@ -216,13 +216,21 @@ def test_a_group_that_ends_begins_the_deadline_anew() -> None:
 def test_a_checkpoint_is_written_before_the_evaluation_that_might_fail() -> None:
     setting = Setting(a_schedule(checkpoint_every=2, evaluate_every=2))
 
-    async def failing(step: int) -> None:
+    async def failing(progress: Progress) -> None:
         raise Fatal("too many failed scores")
 
     setting.driver._evaluate = failing
     with pytest.raises(ExceptionGroup):
         setting.run()
     assert [progress.step for progress in setting.checkpoints] == [2]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_evaluation_has_the_engines_for_itself_in_a_synchronous_run_only(staleness: int) -> None:
+    setting = Setting(a_schedule(evaluate_every=2, max_staleness=staleness))
+    assert setting.run()
+    (in_progress,) = setting.in_progress_at_evaluation  # of step 2; the end has its own
+    assert bool(in_progress) == (staleness > 0)
 
 
 def test_tokens_of_dropped_groups_are_counted_as_sampled() -> None:
