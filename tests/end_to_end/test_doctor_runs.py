@@ -78,3 +78,32 @@ def test_a_learner_rank_that_hangs_is_named_by_the_run_and_by_the_doctor(tmp_pat
     status, answer = doctor(left)
     assert status == 1
     assert "WRONG: the run failed: learner rank 0 has not answered for 25." in answer
+
+
+@pytest.mark.ray
+def test_a_rollout_worker_and_a_scorer_that_hang_are_named_and_replaced(tmp_path: Path) -> None:
+    run = train(
+        tmp_path,
+        steps=500,
+        rollout__engine="transformers",
+        rollout__cpus_per_worker=1,
+        rollout__workers=2,
+        learner__backend="torch",
+        data__evaluation=None,
+        alarms__worker_s=20,
+    )
+    lines_until(run, "step 2/500")
+    left = only_run(tmp_path / "runs").path
+    for worker in ("rollout worker 1", "scorer answer 0"):
+        waits = read_waits(left)
+        assert waits is not None
+        os.kill(waits.workers[worker].pid, signal.SIGSTOP)
+        told = lines_until(run, f"{worker} ")
+        assert "has not answered for 2" in told[-1], told[-1]
+        lines_until(run, "step ")
+    run.send_signal(signal.SIGINT)
+    output = finished(run)
+    assert "Traceback" not in output
+    status, answer = doctor(left)
+    assert status == 0, answer
+    assert "none lost, none twice, in the planned order" in answer
