@@ -59,6 +59,7 @@ def checked(recipe: Recipe, *, local: bool = False) -> Iterator[Finding]:
     model = list(_tried("model", lambda: model_facts(recipe.model, recipe.max_model_len)))
     yield from model
     yield from _tried("heads", lambda: heads_fit(recipe.model, recipe.learner.sequence_parallel))
+    yield from _tried("rollout", lambda: _rounded(recipe))
     tokenizers: list[Tokenization] = []
     if Path(recipe.model).is_dir() or model[0].ok:  # else the hub would be asked again, in vain
         yield from _tried("tokenizer", lambda: _tokenizer(recipe.model, tokenizers))
@@ -149,6 +150,22 @@ def _adapters(recipe: Recipe) -> str | None:
         raise UserError(f"the layers of {recipe.model} cannot be told: {error}") from error
     published = {"merged": "merged into all weights", "adapter": "by themselves"}[lora.publish]
     return f"rank {lora.rank} beside {len(layers)} layers, published {published}"
+
+
+def _rounded(recipe: Recipe) -> str | None:
+    """What fp8 in the rollouts asks of the rest; the recipe refuses an alarm that is too tight."""
+    rollout, settings = recipe.rollout, recipe.algorithm.settings
+    if not rollout.fp8_settings:
+        return None
+    found = (
+        "off (algorithm.importance_cap: null), right only where no importance weight is needed"
+        if settings.importance_cap is None
+        else f"{settings.correction}, importance_cap {settings.importance_cap:g}"
+    )
+    return (
+        f"{', '.join(rollout.fp8_settings)}: tokens are sampled by a rounding of the policy\n"
+        f"correction in the loss: {found}; alarms.log_prob_gap {recipe.alarms.log_prob_gap:g}"
+    )
 
 
 def _algorithm(recipe: Recipe, sets: Sequence[PromptSet]) -> str:

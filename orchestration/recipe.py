@@ -31,6 +31,7 @@ from rollout_workers.adapter_limits import adapter_problems
 from rollout_workers.config import RolloutConfig
 
 HEALTHY_BFLOAT16_GAP = 1e-2  # mean |difference| measured between vLLM and transformers: 6e-3
+HEALTHY_FP8_GAP = 0.05  # with weights, cache or both in fp8: 0.01, 0.02, 0.03 (starter model)
 Tracker = Literal["tensorboard", "wandb"]
 
 
@@ -327,11 +328,34 @@ def _precision_problems(recipe: Recipe) -> Iterator[str]:
             "sampled and the trained policy would differ; set rollout.dtype to "
             f"{published}, or learner.publish_dtype to {recipe.rollout.dtype}"
         )
-    if published == "bfloat16" and recipe.alarms.log_prob_gap < HEALTHY_BFLOAT16_GAP:
+    if recipe.rollout.fp8_settings:
+        yield from _rounding_problem(recipe)
+    elif published == "bfloat16" and recipe.alarms.log_prob_gap < HEALTHY_BFLOAT16_GAP:
         yield (
             f"alarms.log_prob_gap is {recipe.alarms.log_prob_gap:g}, but in bfloat16 a gap up to "
             f"{HEALTHY_BFLOAT16_GAP:g} is healthy: set it to {HEALTHY_BFLOAT16_GAP:g} or more"
         )
+
+
+def _rounding_problem(recipe: Recipe) -> Iterator[str]:
+    """Tokens are sampled by a rounding of the policy: both alarm and loss have to know."""
+    if recipe.alarms.log_prob_gap >= HEALTHY_FP8_GAP:
+        return
+    is_corrected = recipe.algorithm.settings.importance_cap is not None
+    correction = (
+        ""
+        if is_corrected
+        else (
+            ", and algorithm.importance_cap: 2, which is null now, so that the loss corrects for "
+            "it (but for an algorithm that needs no importance weight)"
+        )
+    )
+    yield (
+        f"alarms.log_prob_gap is {recipe.alarms.log_prob_gap:g}, but with "
+        f"{' and '.join(recipe.rollout.fp8_settings)} tokens are sampled by a rounding of the "
+        f"policy, and a gap up to {HEALTHY_FP8_GAP:g} is healthy: set it to {HEALTHY_FP8_GAP:g} or "
+        f"more{correction}"
+    )
 
 
 def _size_problems(recipe: Recipe) -> Iterator[str]:

@@ -92,7 +92,8 @@ class Roles:
 
 def local_recipe(recipe: Recipe) -> Recipe:
     """The same run for one process: the small engine and the small backend, one of each."""
-    rollout = recipe.rollout.model_copy(update={"engine": "transformers", "workers": 1})
+    small = {"engine": "transformers", "workers": 1, "quantization": None, "kv_cache_dtype": None}
+    rollout = recipe.rollout.model_copy(update=small)
     alone = {"backend": "torch", "ranks": 1, "sequence_parallel": 1}
     learner = recipe.learner.model_copy(update=alone)
     return recipe.model_copy(update={"rollout": rollout, "learner": learner})

@@ -20,6 +20,14 @@ class RolloutConfig(Schema):
     dtype: DType = Field(
         "float32", description="of the weights; bfloat16 halves memory on GPUs and costs exactness"
     )
+    quantization: Literal["fp8"] | None = Field(
+        None,
+        description="fp8: vLLM rounds linear layers to 8 bits, weights as it loads them and inputs "
+        "as it multiplies, each row with a scale of its own; null: not at all",
+    )
+    kv_cache_dtype: Literal["fp8"] | None = Field(
+        None, description="of keys and values in vLLM's cache; fp8: twice as many fit; null: dtype"
+    )
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and threads of one engine")
     gpus_per_worker: int = Field(0, ge=0, description="0: the engine runs on the CPU")
     max_concurrent_rollouts: int = Field(
@@ -45,11 +53,32 @@ class RolloutConfig(Schema):
         """`enforce_eager` with its null resolved."""
         return self.gpus_per_worker == 0 if self.enforce_eager is None else self.enforce_eager
 
+    @property
+    def fp8_settings(self) -> tuple[str, ...]:
+        """Those that make the sampled policy a rounding of the trained one, as recipes say them."""
+        chosen = {"quantization": self.quantization, "kv_cache_dtype": self.kv_cache_dtype}
+        return tuple(f"rollout.{name}: {value}" for name, value in chosen.items() if value)
+
     @model_validator(mode="after")
     def _transformers_uses_one_device(self) -> RolloutConfig:
         if self.engine == "transformers" and self.gpus_per_worker > 1:
             raise ValueError(
                 f"rollout.gpus_per_worker is {self.gpus_per_worker}, but the transformers engine "
                 "runs on one device: set it to 0 or 1, or set rollout.engine to vllm"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_is_vllm_s(self) -> RolloutConfig:
+        if self.fp8_settings and self.engine == "transformers":
+            raise ValueError(
+                f"found {', '.join(self.fp8_settings)}, but the transformers engine computes in "
+                "rollout.dtype alone: leave it out, or set rollout.engine to vllm"
+            )
+        if self.quantization is not None and self.dtype == "float32":
+            raise ValueError(
+                f"rollout.quantization is {self.quantization}, but rollout.dtype is float32: vLLM "
+                "multiplies 8-bit weights with activations of bfloat16; set rollout.dtype: "
+                "bfloat16 and learner.publish_dtype: bfloat16, or leave quantization out"
             )
         return self

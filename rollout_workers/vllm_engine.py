@@ -47,6 +47,10 @@ SHARED_MEMORY = Path("/dev/shm")
 CPU_BLOCK_TOKENS = 32  # unit of prefix sharing; vLLM's 128 on the CPU is longer than most prompts
 CPU_STEP_TOKENS = 4096  # prompt tokens of one engine step; more prompts wait for the next
 
+# A scale for each row of a weight and for each token: the scheme of vLLM that its CPU backend can
+# compute, too. Its reload rounds the weights of every swap anew.
+QUANTIZATION = {None: None, "fp8": "fp8_per_channel"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Swap:
@@ -161,6 +165,8 @@ class VllmEngine:
             EngineArgs(
                 model=self._model,
                 dtype=config.dtype,
+                quantization=QUANTIZATION[config.quantization],
+                kv_cache_dtype=config.kv_cache_dtype or "auto",
                 max_model_len=self._max_model_len,
                 max_num_seqs=config.max_concurrent_rollouts,
                 enforce_eager=config.eager,

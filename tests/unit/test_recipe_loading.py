@@ -11,6 +11,7 @@ import yaml
 from grpo.algorithms import ALGORITHMS
 from grpo.errors import UserError
 from orchestration.config import load_recipe, read_recipe
+from orchestration.roles import local_recipe
 from tests.unit.small_project import REPOSITORY, settings, written_project
 
 SHIPPED = sorted((REPOSITORY / "recipes").glob("*.yaml"))
@@ -29,6 +30,14 @@ def test_a_recipe_is_loaded_with_defaults_and_absolute_paths(tmp_path: Path) -> 
     assert recipe.rollouts_per_step == 8 * 4
     assert recipe.max_model_len == 16 + 32
     assert type(recipe.algorithm.settings) is ALGORITHMS["grpo"].config
+
+
+def test_a_local_run_leaves_out_what_only_vllm_can_do(tmp_path: Path) -> None:
+    rollout = {"kv_cache_dtype": "fp8", "quantization": "fp8", "dtype": "bfloat16"}
+    changed = {"learner": {"publish_dtype": "bfloat16"}, "alarms": {"log_prob_gap": 0.05}}
+    recipe = load_recipe(written_project(tmp_path, rollout=rollout, **changed))
+    assert len(recipe.rollout.fp8_settings) == 2
+    assert local_recipe(recipe).rollout.fp8_settings == ()
 
 
 def test_a_dumped_recipe_loads_as_the_same_recipe(tmp_path: Path) -> None:
@@ -179,6 +188,29 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "alarm too tight for bfloat16": (
         {"rollout": {"dtype": "bfloat16"}, "learner": {"publish_dtype": "bfloat16"}},
         ["alarms.log_prob_gap is 0.001", "set it to 0.01 or more"],
+    ),
+    "fp8 without vLLM": (
+        {"rollout": {"engine": "transformers", "kv_cache_dtype": "fp8"}},
+        ["found rollout.kv_cache_dtype: fp8", "set rollout.engine to vllm"],
+    ),
+    "fp8 weights in float32": (
+        {"rollout": {"quantization": "fp8"}},
+        ["rollout.dtype is float32", "set rollout.dtype: bfloat16 and learner.publish_dtype"],
+    ),
+    "alarm too tight for fp8": (
+        {"rollout": {"kv_cache_dtype": "fp8"}, "alarms": {"log_prob_gap": 0.01}},
+        ["alarms.log_prob_gap is 0.01, but with rollout.kv_cache_dtype: fp8", "set it to 0.05 or"],
+    ),
+    "neither alarm nor loss knows of fp8": (
+        {
+            "rollout": {"quantization": "fp8", "dtype": "bfloat16", "kv_cache_dtype": "fp8"},
+            "learner": {"publish_dtype": "bfloat16"},
+            "algorithm": {"name": "grpo", "importance_cap": None},
+        },
+        [
+            "with rollout.quantization: fp8 and rollout.kv_cache_dtype: fp8",
+            "set it to 0.05 or more, and algorithm.importance_cap: 2, which is null now",
+        ],
     ),
     "more ranks than rollouts": (
         {"learner": {"ranks": 64}},
