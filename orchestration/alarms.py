@@ -111,7 +111,7 @@ class LearningAlarm:
         raise Fatal(
             f"the last {self._in_a_row} steps taught nothing: in each of them all rewards of a "
             f"group were equal (mean of the last one: {self._reward:.3g}). Probably {cause}. "
-            f"alarms.steps_without_signal allows {self._max_steps - 1}"
+            f"alarms.steps_without_signal is {self._max_steps}"
         )
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from grpo.errors import UserError
 from orchestration.checkpoint import read_driver_state
 from orchestration.config import Recipe
-from orchestration.health import read_steps, signs_of_trouble
-from orchestration.ledger import Ledger, audited, read_entries
-from orchestration.resume import whole_checkpoints
+from orchestration.health import missing_steps, read_steps, signs_of_trouble
+from orchestration.ledger import DamagedRecord, Ledger, audited, read_entries
+from orchestration.resume import require_same_data, whole_checkpoints
 from orchestration.run_directory import (
     GROUPS_FILE,
     LOCK_FILE,
@@ -77,9 +77,13 @@ def diagnosed(run: Path, recipe: Recipe, *, now: float | None = None) -> Diagnos
     # What a process that is gone wrote last is told as of then.
     seen = waits.written if waits is not None and state is RunState.CRASHED else now
     pools, remarks = read_pools(run), list[str]()
-    ledger = None
+    ledger, damage = None, list[str]()
     if state is not RunState.RUNNING:
-        ledger = _ledger(run, recipe, remarks.append)
+        try:
+            ledger = _ledger(run, recipe, remarks.append)
+        except DamagedRecord as error:
+            damage = [f"groups.jsonl was changed or damaged, so there is no ledger: {error}"]
+        damage += missing_steps(steps)
         if pools is not None and pools.asked and state is not RunState.FINISHED:
             remarks.append(f"--resume begins with {in_words(pools.asked)}, as covey scale asked")
     problems = [
@@ -87,6 +91,7 @@ def diagnosed(run: Path, recipe: Recipe, *, now: float | None = None) -> Diagnos
         *(_waiting(waits, now) if waits is not None and state is RunState.RUNNING else ()),
         *signs_of_trouble(steps, recipe),
         *(ledger.problems if ledger is not None else ()),
+        *damage,
     ]
     return Diagnosis(
         run=str(run),
@@ -149,7 +154,7 @@ def _how_it_ended(run: Path, state: RunState, summary: dict[str, object] | None)
         remedy = (
             f"`covey train RECIPE --resume {run}` continues from step {saved}"
             if saved is not None
-            else "it had no checkpoint yet: start it anew"
+            else f"it had no checkpoint yet: `covey train RECIPE --resume {run}` begins it again"
         )
         yield (
             "the process of the run is gone and left no summary: it was killed (out of memory? "
@@ -219,21 +224,24 @@ def _ledger(run: Path, recipe: Recipe, remark: Callable[[str], None]) -> Ledger 
     from orchestration.run_inputs import planned_order
     from rollout_workers.tokenization import Tokenization
 
-    saved = whole_checkpoints(run)
-    order = None
+    whole, order = whole_checkpoints(run), None
+    saved = read_driver_state(whole[max(whole)]) if whole else None
     try:
-        order = planned_order(recipe, Tokenization(recipe.model))
+        found = planned_order(recipe, Tokenization(recipe.model))
+        if saved is not None:
+            require_same_data(saved.prompts, found.record)
+        order = found
     except (UserError, OSError) as error:
         remark(f"the order of the prompts was not compared with the data: {error}")
-    if not saved:
+    if saved is None:
         remark("no checkpoint says which groups were admitted, so none can be missed")
     try:
         return audited(
             read_entries(run / GROUPS_FILE),
-            read_driver_state(saved[max(saved)]) if saved else None,
+            saved,
             window=recipe.window,
             planned=None if order is None else lambda group: order.at(group).id,
         )
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
         remark(f"groups.jsonl is not of this version, so there is no ledger: {error!r}")
         return None

@@ -31,6 +31,17 @@ def read_steps(file: Path) -> list[Metrics]:
     return [record for record in records if "timing_s/step" in record]
 
 
+def missing_steps(steps: Sequence[Metrics]) -> Iterator[str]:
+    """Every step up to the last one has a line."""
+    found = {int(line["step"] or 0) for line in steps}
+    missing = sorted(set(range(1, max(found, default=0))) - found)
+    if missing:
+        yield (
+            f"metrics.jsonl was changed or damaged: it has no line of {len(missing)} steps, the "
+            f"first of them step {missing[0]}"
+        )
+
+
 def signs_of_trouble(steps: Sequence[Metrics], recipe: Recipe) -> Iterator[str]:
     """One sentence each, with what to do; nothing: the run looks healthy."""
     recent = steps[-RECENT_STEPS:]

@@ -31,11 +31,11 @@ class HeldOut:
 
     async def before(self) -> None:
         """The starting model; a resumed run keeps the figures that it began with."""
-        path = self._records.path / BEFORE_FILE
-        if self._records.inputs.resume is not None:
+        path, inputs = self._records.path / BEFORE_FILE, self._records.inputs
+        if inputs.resume is not None:
             with suppress(OSError):
                 self._records.before = json.loads(path.read_text("utf-8"))
-        elif self._prompts:
+        if inputs.state is None and self._prompts and self._records.before is None:
             self._before = await self.measured("before", 0)
             self._records.before = self._before.as_json()
             write_json(path, self._records.before)

@@ -50,6 +50,8 @@ class _Run:
         try:
             with opened_records(self._inputs, self._display) as records:
                 status = await self._summarised(records)
+        except OSError as error:
+            raise Fatal(f"the run folder cannot be written: {error}") from None
         finally:
             self._stops.ignore()
         return 0 if status is RunStatus.FINISHED else 1
@@ -71,15 +73,15 @@ class _Run:
                 raise error from None
             if not isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
                 _summarise(records, status, str(error) or type(error).__name__)
-                if isinstance(error, OSError):
-                    raise Fatal(f"the run folder cannot be written: {error}") from None
                 raise error from None
             status, cause = RunStatus.INTERRUPTED, f"stopped after step {records.progress.step}"
         _summarise(records, status, cause)
         if status is RunStatus.INTERRUPTED:
-            can_resume = latest_checkpoint(records.path) is not None
-            again = f"; continue with --resume {records.path}" if can_resume else ""
-            self._display.message(f"stopped after step {records.progress.step}{again}")
+            is_saved = latest_checkpoint(records.path) is not None
+            how = "continue" if is_saved else "there is no checkpoint yet: begin again"
+            self._display.message(
+                f"stopped after step {records.progress.step}; {how} with --resume {records.path}"
+            )
         return status
 
     async def _with_roles(self, records: RunRecords) -> bool:

@@ -6,12 +6,13 @@ know how groups come about and what a run was to learn.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+
+from pydantic_core import from_json
 
 from orchestration.checkpoint import DriverState
 
@@ -50,12 +51,19 @@ class Ledger:
         return f"ledger: {counts}; none lost, none twice, in the planned order"
 
 
+class DamagedRecord(Exception):
+    """A line that covey has not written so."""
+
+
 def read_entries(file: Path) -> Iterator[Entry]:
     """The lines of groups.jsonl; a last line without an end was being written."""
     with file.open("rb") as lines:
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
             if line.endswith(b"\n"):
-                record = json.loads(line)
+                try:
+                    record = from_json(line)
+                except ValueError as error:
+                    raise DamagedRecord(f"line {number} of {file.name}: {error}") from error
                 yield Entry(
                     step=record["step"],
                     group=record["group"],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from grpo.errors import UserError
 from orchestration.checkpoint import CHECKPOINTS, LATEST_FILE, find_damage, latest_checkpoint
+from orchestration.run_directory import CONFIG_FILE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +19,7 @@ class ResumePoint:
     """The run to continue and the checkpoint to continue from."""
 
     run: Path
-    checkpoint: Path
+    checkpoint: Path | None  # None: it ended before its first one, and begins again
 
 
 def resolve_resume(argument: str, output: Path) -> ResumePoint:
@@ -32,14 +33,16 @@ def resolve_resume(argument: str, output: Path) -> ResumePoint:
         if damage is not None:
             raise UserError(f"--resume {argument}: checkpoint {path} cannot be used: {damage}")
         return ResumePoint(run=path.parent.parent, checkpoint=path)
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"--resume {argument}: {path} is no run folder: it has no {CONFIG_FILE}")
     checkpoint = latest_checkpoint(path)
-    if checkpoint is None:
-        torn = sorted((path / CHECKPOINTS).glob("step_*"))
-        damage = f"{torn[-1].name}: {find_damage(torn[-1], checksums=False)}" if torn else ""
-        why = damage or "the run ended before its first one (`checkpoint.every` sets how often)"
+    torn = sorted((path / CHECKPOINTS).glob("step_*"))
+    if checkpoint is None and torn:
+        # Not a crash's doing: until a checkpoint is whole its folder has another name.
         raise UserError(
-            f"--resume {argument}: {path} holds no complete checkpoint ({why}); "
-            "start the run anew without --resume"
+            f"--resume {argument}: {path} holds no complete checkpoint ({torn[-1].name}: "
+            f"{find_damage(torn[-1], checksums=False)}); put its files back, or start a new run "
+            "without --resume"
         )
     return ResumePoint(run=path, checkpoint=checkpoint)
 

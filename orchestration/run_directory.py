@@ -73,6 +73,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, lock: TextIO) -> None:
         self.path = path
+        self.remarks: list[str] = []  # what was wrong with the records of a run that goes on
         self._lock = lock
         self._metrics = _open_lines(path / METRICS_FILE)
         self._groups = _open_lines(path / GROUPS_FILE)
@@ -107,8 +108,7 @@ class RunDirectory:
                 "set `output` to a folder that you may write to"
             ) from error
         try:
-            text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-            (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
+            (draft / CONFIG_FILE).write_text(_as_yaml(config), encoding="utf-8")
             write_json(draft / VERSIONS_FILE, dict(versions))
             path = _claim(draft, output / stem)
         finally:
@@ -119,9 +119,17 @@ class RunDirectory:
     def reopen(cls, path: Path, *, step: int) -> RunDirectory:
         """Continue a run after `step`: later records go, because their steps will be done again."""
         lock = _locked(path)
-        _cut_records_back(path, step)
+        remarks = _cut_records_back(path, step)
         (path / SUMMARY_FILE).unlink(missing_ok=True)
-        return cls(path, lock)
+        reopened = cls(path, lock)
+        reopened.remarks = remarks
+        return reopened
+
+    def change_config(self, config: Mapping[str, object]) -> None:
+        """The recipe as it is from now on."""
+        draft = self.path / f".{CONFIG_FILE}.draft"
+        draft.write_text(_as_yaml(config), encoding="utf-8")
+        draft.replace(self.path / CONFIG_FILE)
 
     def turn_back(self, step: int) -> None:
         """The same while the run is open: its lock is kept."""
@@ -165,6 +173,10 @@ def encode_line(step: int, record: Mapping[str, object]) -> bytes:
     """
     assert "step" not in record, "the step is given apart, so that it comes first"
     return to_json({"step": step, **record}, inf_nan_mode="null") + b"\n"
+
+
+def _as_yaml(config: Mapping[str, object]) -> str:
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -227,18 +239,29 @@ def _write(file: BinaryIO, line: bytes) -> None:
     file.flush()
 
 
-def _cut_records_back(run: Path, step: int) -> None:
+def _cut_records_back(run: Path, step: int) -> list[str]:
+    """What was wrong with the records that stay."""
+    remarks = []
     for file in (run / METRICS_FILE, run / GROUPS_FILE):
-        if file.exists():
-            _cut_back(file, step)
+        if not file.exists():
+            if step > 0:
+                remarks.append(f"{file.name} is gone: the records up to step {step} are lost")
+        elif num_strange := _cut_back(file, step):
+            remarks.append(f"{file.name}: left out {num_strange} lines that covey did not write so")
+    return remarks
 
 
-def _cut_back(path: Path, step: int) -> None:
+def _cut_back(path: Path, step: int) -> int:
+    """How many of the lines were no records."""
     draft = path.with_name(f".{path.name}.draft")
+    num_strange = 0
     with path.open("rb") as source, draft.open("wb") as target:
         for line in source:
+            if not line.endswith(b"\n"):
+                continue  # it was being written when the process died
             found = _LINE_STEP.match(line)
-            # A line without an end was being written when the process died.
-            if found is not None and line.endswith(b"\n") and int(found[1]) <= step:
+            num_strange += found is None
+            if found is not None and int(found[1]) <= step:
                 target.write(line)
     draft.replace(path)
+    return num_strange

@@ -40,7 +40,7 @@ class RunInputs:
     prompts: PromptOrder
     held_out: Sequence[Prompt]
     resume: ResumePoint | None
-    state: DriverState | None  # None: a new run
+    state: DriverState | None  # None: a new run, or one that begins again
 
     def progress_at(self, state: DriverState | None) -> Progress:
         """Where the driver stands at a checkpoint; None: at the beginning."""
@@ -60,16 +60,13 @@ def read_inputs(recipe: Recipe, resume: str | None) -> RunInputs:
     """Tokenizer, prompts, pipeline and resume point; UserError with what is wrong."""
     point = None if resume is None else resolve_resume(resume, Path(recipe.output))
     if point is not None:
-        damage = find_damage(point.checkpoint, checksums=True)
-        if damage is not None:
-            raise UserError(
-                f"checkpoint {point.checkpoint} is damaged: {damage}. "
-                "Name an older one: --resume RUN/checkpoints/step_N"
-            )
+        _require_whole(point.checkpoint)
         # Read as a recipe: a setting that is newer than the run has its default there.
         saved = recipe_of_run(point.run).model_dump(mode="json")
         require_same_recipe(saved, recipe.model_dump(mode="json"), may_change=FREE_TO_CHANGE)
-    state = None if point is None else read_driver_state(point.checkpoint)
+    state = None
+    if point is not None and point.checkpoint is not None:
+        state = read_driver_state(point.checkpoint)
     if state is not None and state.step > recipe.steps:
         raise UserError(
             f"the run is at step {state.step} and steps is {recipe.steps}: there is nothing left "
@@ -94,6 +91,15 @@ def read_inputs(recipe: Recipe, resume: str | None) -> RunInputs:
         resume=point,
         state=state,
     )
+
+
+def _require_whole(checkpoint: Path | None) -> None:
+    damage = None if checkpoint is None else find_damage(checkpoint, checksums=True)
+    if damage is not None:
+        raise UserError(
+            f"checkpoint {checkpoint} is damaged: {damage}. "
+            "Name an older one: --resume RUN/checkpoints/step_N"
+        )
 
 
 def planned_order(recipe: Recipe, tokenization: Tokenization) -> PromptOrder:

@@ -112,7 +112,7 @@ def opened_records(inputs: RunInputs, display: Display) -> Iterator[RunRecords]:
             run,
             recipe.trackers,
             config=recipe.model_dump(mode="json"),
-            resumed_step=None if state is None else progress.step,
+            resumed_step=None if inputs.resume is None else progress.step,
         )
         open_files.callback(telemetry.close)
         records = RunRecords(
@@ -146,7 +146,10 @@ def _run_directory(
     if inputs.resume is not None:
         path, step = inputs.resume.run, inputs.progress_at(inputs.state).step
         run = RunDirectory.reopen(path, step=step)
+        run.change_config(recipe.model_dump(mode="json"))  # in what may differ: `steps`, alarms
         drop_later(path, step)
+        for found in run.remarks:
+            display.message(f"the records are damaged: {found}")
         for change in version_changes(path, versions):
             display.message(f"software changed since this run began: {change}")
     else:

@@ -54,6 +54,25 @@ def test_a_killed_run_is_told_and_after_its_resume_the_ledger_holds(tmp_path: Pa
     assert "none lost, none twice, in the planned order" in answer
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_steps_it_is_given(
+    tmp_path: Path,
+) -> None:
+    run = train(tmp_path, "--local", steps=100, checkpoint__every=50, data__evaluation=None)
+    lines_until(run, "step 2/100")
+    run.kill()
+    finished(run)
+    left = only_run(tmp_path / "runs").path
+    _, answer = doctor(left)
+    assert "it had no checkpoint yet" in answer
+    resumed = covey("train", "--resume", str(left), "--local", "--set", "steps=3")
+    output = finished(resumed)
+    assert resumed.returncode == 0, output
+    status, answer = doctor(left)
+    assert status == 0, answer
+    assert ": finished, step 3 of 3" in answer
+    assert "ledger: 24 groups trained on" in answer
+
+
 @pytest.mark.ray
 def test_a_learner_rank_that_hangs_is_named_by_the_run_and_by_the_doctor(tmp_path: Path) -> None:
     run = train(

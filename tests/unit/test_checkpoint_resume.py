@@ -8,6 +8,7 @@ import pytest
 
 from grpo.errors import UserError
 from orchestration.resume import ResumePoint, require_same_recipe, resolve_resume
+from orchestration.run_directory import CONFIG_FILE
 from tests.unit.checkpoint_cases import FILE, save
 
 
@@ -15,6 +16,7 @@ from tests.unit.checkpoint_cases import FILE, save
 def run(tmp_path: Path) -> Path:
     run = tmp_path / "runs" / "demo-20260304-050607"
     save(run, 1, 2)
+    (run / CONFIG_FILE).touch()
     return run
 
 
@@ -34,10 +36,24 @@ def test_an_unknown_run_is_answered_with_the_runs_there_are(run: Path) -> None:
         resolve_resume("demo-2025", run.parent)
 
 
-def test_a_run_without_checkpoint_says_what_to_do(run: Path) -> None:
-    (run.parent / "young-run").mkdir()
-    with pytest.raises(UserError, match=r"no complete checkpoint.*without --resume"):
-        resolve_resume("young-run", run.parent)
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(run: Path) -> None:
+    young = run.parent / "young-run"
+    (young / "checkpoints" / ".step_2.draft").mkdir(parents=True)
+    (young / CONFIG_FILE).touch()
+    assert resolve_resume("young-run", run.parent) == ResumePoint(run=young, checkpoint=None)
+
+
+def test_a_folder_that_is_no_run_is_not_continued(run: Path) -> None:
+    (run.parent / "other").mkdir()
+    with pytest.raises(UserError, match="no run folder"):
+        resolve_resume("other", run.parent)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_what_to_do(run: Path) -> None:
+    for step in (1, 2):
+        (run / "checkpoints" / f"step_{step}" / FILE).unlink()
+    with pytest.raises(UserError, match=r"no complete checkpoint.*step_2.*without --resume"):
+        resolve_resume(str(run), run.parent)
 
 
 def test_a_damaged_checkpoint_that_was_named_is_not_replaced_by_another(run: Path) -> None:

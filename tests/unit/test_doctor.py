@@ -186,6 +186,18 @@ def test_the_ledger_of_an_ended_run_is_part_of_the_answer(
     assert record["ledger"]["num_trained"] == 3
 
 
+def test_damaged_records_are_a_problem_and_never_no_ledger_in_silence(
+    run: RunDirectory, recipe: Recipe
+) -> None:
+    run.append_metrics(3, {"timing_s/step": 1.0, "reward": 0.5, "perf/throughput": 10.0})
+    ended(run, RunStatus.FINISHED)
+    with (run.path / "groups.jsonl").open("ab") as file:
+        file.write(b'{"step":2,"group":2,"prom\n')
+    torn, missing = diagnosed(run.path, recipe).problems
+    assert "line 3 of" in torn
+    assert "no line of 1 steps, the first of them step 2" in missing
+
+
 def test_a_folder_that_is_no_run_is_the_users_mistake(tmp_path: Path) -> None:
     assert main(["doctor", str(tmp_path / "nothing")]) == 2
 

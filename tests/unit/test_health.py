@@ -92,7 +92,7 @@ def test_a_run_whose_steps_teach_nothing_ends_after_the_allowed_number_of_them()
     error = root(raised.value)
     assert isinstance(error, Fatal)
     assert "the last 3 steps taught nothing" in str(error)
-    assert "alarms.steps_without_signal allows 2" in str(error)
+    assert "alarms.steps_without_signal is 3" in str(error)
     assert "too easy or too hard" in str(error)
     assert [step.step for step in setting.journal.steps] == [1, 2, 3]
     assert setting.driver.is_between_steps  # so that what was learnt before can be saved

@@ -111,6 +111,21 @@ def test_a_line_that_was_being_written_when_the_process_died_is_dropped(tmp_path
     assert [line["reward"] for line in lines(run.path / "metrics.jsonl")] == [1.0, 2.0]
 
 
+def test_resuming_says_what_is_wrong_with_the_records_that_stay(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.append_metrics(1, {"reward": 0.5})
+    run.close()
+    (run.path / "groups.jsonl").unlink()
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(b"rubbish\n")
+        file.write(b"torn when the process died")
+    reopened = RunDirectory.reopen(run.path, step=1)
+    strange, gone = reopened.remarks
+    assert "left out 1 lines" in strange
+    assert "groups.jsonl is gone" in gone
+    reopened.close()
+
+
 def test_resuming_takes_back_that_the_run_is_over(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.write_summary(
