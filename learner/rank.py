@@ -172,12 +172,11 @@ class LearnerRank:
             numbers["scalar"] = self._trainee.scalar.value
         weights, adapters = self._gathered(), self._copied_adapters()
         is_first = self._rank == 0
-        reference = self._moving_reference if is_first else None
         self._snapshot = Snapshot(
             rank=self._rank,
             numbers=numbers,
             pieces=self._trainee.backend.copied_state(),
-            reference={} if reference is None else reference.copied(),
+            reference=self._copied_averages(),
             export=partial(self._export, weights, adapters) if is_first else None,
         )
 
@@ -221,6 +220,7 @@ class LearnerRank:
                 device=backend.device,
                 is_moving=is_moving,
                 is_offloaded=self._config.reference_offload,
+                is_cut=self._config.zero_stage == 3 and self._world_size > 1,
             )
             self._moving_reference = reference if is_moving else None
             return reference
@@ -263,6 +263,15 @@ class LearnerRank:
             name: to_cpu(weight, torch.float32)
             for part in self._trainee.backend.whole_adapters()
             for name, weight in part.items()
+            if self._rank == 0
+        }
+
+    def _copied_averages(self) -> dict[str, torch.Tensor]:
+        """A copy of a moving reference on rank 0; empty elsewhere, and where none moves."""
+        reference = self._moving_reference
+        return {
+            name: to_cpu(average, average.dtype)
+            for name, average in (() if reference is None else reference.averages())
             if self._rank == 0
         }
 

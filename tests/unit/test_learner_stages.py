@@ -91,13 +91,13 @@ def weights_of(model: str, value: float) -> dict[str, Tensor]:
 def test_the_reference_is_a_moving_average(model: str, dtype: str) -> None:
     reference = reference_of(model, dtype=dtype, value=1.0)
     reference.follow([weights_of(model, 2.0)], decay=0.995)
-    for average in reference.copied().values():
+    for _, average in reference.averages():
         assert average.dtype == torch.float32
         assert average.flatten()[0].item() == pytest.approx(1.005, abs=1e-6)
     # In bfloat16 none of these steps would have moved the weight: its spacing at 1 is 1 / 128.
     reference.follow([weights_of(model, 2.0)], decay=0.995)
     reference.follow([weights_of(model, 2.0)], decay=0.995)
-    for average in reference.copied().values():
+    for _, average in reference.averages():
         assert average.flatten()[0].item() == pytest.approx(2 - 0.995**3, abs=1e-6)
 
 
