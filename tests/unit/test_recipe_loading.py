@@ -185,6 +185,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"rollout": {"dtype": "bfloat16"}},
         ["rollout.dtype is bfloat16, but the learner publishes float32", "publish_dtype"],
     ),
+    "broadcast without vLLM": (
+        {"rollout": {"weight_transport": "broadcast", "engine": "transformers"}},
+        ["rollout.engine is transformers", "set weight_transport: object_store, or engine: vllm"],
+    ),
+    "broadcast between GPUs and the CPU": (
+        {"rollout": {"weight_transport": "broadcast", "engine": "vllm", "gpus_per_worker": 1}},
+        ["gpus_per_worker is 1 and learner.gpus_per_rank 0", "from GPU to GPU or from CPU to CPU"],
+    ),
     "alarm too tight for bfloat16": (
         {"rollout": {"dtype": "bfloat16"}, "learner": {"publish_dtype": "bfloat16"}},
         ["alarms.log_prob_gap is 0.001", "set it to 0.01 or more"],
