@@ -12,7 +12,10 @@ from torch import Tensor
 import grpo.weight_stream
 import learner.weight_sender
 from grpo.errors import WeightMismatch
+from grpo.types import WeightBundle
+from grpo.weight_image import tensors_in
 from grpo.weight_stream import bucket_sum
+from learner.weight_images import WeightImages
 from learner.weight_sender import WeightSender
 from rollout_workers.weight_receiver import WeightReceiver
 from tests.unit.stream_members import CPU, Spoiling, in_thread, met, received, send
@@ -82,6 +85,24 @@ def test_every_member_receives_all_weights_in_the_dtype_of_the_rollouts(dtype: t
                 expected = weight.to(dtype) if weight.is_floating_point() else weight
                 assert torch.equal(whole[name], expected)
         sent.result(DEADLINE_S)
+
+
+def test_weights_travel_under_the_names_that_their_image_has() -> None:
+    sender, receiver = WeightSender(CPU, torch.float32), WeightReceiver(CPU)
+    group = met(sender, receivers=1)
+    images = WeightImages(
+        {name: torch.empty_like(weight) for name, weight in merged(weights()).items()},
+        as_saved=lambda gathered: {f"saved.{name}": w.clone() for name, w in gathered.items()},
+    )
+    sent = in_thread(
+        lambda: images.bundle(weights(), version=1, sender=sender.begun(group, version=1))
+    )
+    found = merged(received(receiver, group))
+    bundle = sent.result(DEADLINE_S)
+    assert isinstance(bundle, WeightBundle)
+    image = tensors_in(bundle.payload)
+    assert found.keys() == image.keys() == {f"saved.{name}" for name in merged(weights())}
+    assert all(torch.equal(found[name], image[name]) for name in image)
 
 
 def test_a_bucket_that_was_spoilt_is_refused_and_none_after_it_is_used() -> None:
