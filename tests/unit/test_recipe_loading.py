@@ -34,10 +34,14 @@ def test_a_recipe_is_loaded_with_defaults_and_absolute_paths(tmp_path: Path) -> 
 
 def test_a_local_run_leaves_out_what_only_vllm_can_do(tmp_path: Path) -> None:
     rollout = {"kv_cache_dtype": "fp8", "quantization": "fp8", "dtype": "bfloat16"}
+    rollout |= {"weight_transport": "broadcast"}
     changed = {"learner": {"publish_dtype": "bfloat16"}, "alarms": {"log_prob_gap": 0.05}}
     recipe = load_recipe(written_project(tmp_path, rollout=rollout, **changed))
     assert len(recipe.rollout.fp8_settings) == 2
-    assert local_recipe(recipe).rollout.fp8_settings == ()
+    local = local_recipe(recipe)
+    assert local.rollout.fp8_settings == ()
+    assert recipe.broadcasts_weights and not local.broadcasts_weights
+    assert type(local.rollout).model_validate(local.rollout.model_dump()) == local.rollout
 
 
 def test_a_dumped_recipe_loads_as_the_same_recipe(tmp_path: Path) -> None:
