@@ -2,12 +2,17 @@
 
     python -m benchmarks.weight_sync                       about 1M, 10M and 100M parameters
     python -m benchmarks.weight_sync --sizes 100M --turns 9
+    python -m benchmarks.weight_sync --broadcast           the same weights by broadcast, too
     python -m benchmarks.weight_sync --adapters            merged weights against adapters alone
 
 The torch learner and a vLLM engine on the CPU in one process, float32, the sync of a run
 (orchestration/weight_sync.py). The memcpy goes into memory that was written before, in the same
 turn as the sync; ratios are medians over the turns. `publish` is the learner's part, with the
 checksum, which is measured once more by itself. The rest are the engine's phases: what it reports.
+
+With --broadcast as many versions follow by `rollout.weight_transport: broadcast`, over gloo in this
+one process: `workers have it` is until the engine samples under the new weights, `publish` until
+the learner is free again, with the image that new workers load.
 
 With --adapters every size is measured twice, with LoRA of rank 16 beside all linear layers: once
 the merged model is published, once A and B. `rollout` is what adapters cost in turn: 32 rollouts
@@ -29,6 +34,7 @@ import xxhash
 
 from benchmarks.random_models import written_model
 from grpo.types import SampleRequest, Sampling, WeightBundle
+from grpo.weight_stream import WeightGroup, WeightStream
 from learner.config import LearnerConfig, LoraConfig
 from learner.rank import LearnerRank
 from orchestration.local import LocalLearner, LocalRolloutWorker
@@ -49,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.weight_sync")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--turns", type=int, default=7, help="syncs of each size (7)")
+    parser.add_argument("--broadcast", action="store_true", help="the object store against it")
     parser.add_argument("--adapters", action="store_true", help="merged weights against adapters")
     options = parser.parse_args(arguments)
     for size in options.sizes:
@@ -61,12 +68,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     lora = LoraConfig(rank=16, publish=published)
                     config = LEARNER.model_copy(update={"lora": lora})
                 asyncio.run(
-                    _measure(f"{size} {published or ''}", str(model), config, options.turns)
+                    _measure(
+                        f"{size} {published or ''}",
+                        str(model),
+                        config,
+                        options.turns,
+                        with_broadcast=options.broadcast and published != "adapter",
+                    )
                 )
 
 
-async def _measure(title: str, model: str, config: LearnerConfig, turns: int) -> None:
-    learner = LocalLearner(_learner(model, config), asyncio.Lock())
+async def _measure(
+    title: str, model: str, config: LearnerConfig, turns: int, *, with_broadcast: bool
+) -> None:
+    rank = _learner(model, config)
+    learner = LocalLearner(rank, asyncio.Lock())
     await learner.start()
     worker = RolloutWorker(model, ROLLOUT, MAX_MODEL_LEN, config.published_adapters)
     await worker.start()
@@ -82,12 +98,36 @@ async def _measure(title: str, model: str, config: LearnerConfig, turns: int) ->
         phases.append({"total": total, **report.timings_s, **alone})
     num_bytes = report.ref.num_bytes
     del phases[:2]  # they allocate, and vLLM looks for its loaders
+    broadcasts = await _broadcasts(rank, worker, turns) if with_broadcast else []
     speeds = [await _rollout_speed(worker) for _ in range(3)] if config.lora else []
     await worker.close()
     await learner.close()
-    _print(title, num_bytes, phases)
+    _print(f"{title} parameters", num_bytes, phases)
+    if broadcasts:
+        _print(f"{title} parameters by broadcast", num_bytes, broadcasts)
     if speeds:
         print(f"  {'rollout':16}{median(speeds):10.0f} tokens/s")
+
+
+async def _broadcasts(
+    rank: LearnerRank, worker: RolloutWorker, turns: int
+) -> list[dict[str, float]]:
+    """As many versions more, and their phases."""
+    host = "127.0.0.1"
+    group = WeightGroup(host=host, port=rank.open_group(host), size=2)
+    phases: list[dict[str, float]] = []
+    for version in range(100, 102 + turns):
+        stream = WeightStream(group=group, first_rank=1, version=version)
+        started = time.perf_counter()
+        publishing = asyncio.create_task(asyncio.to_thread(rank.publish, version, group))
+        timings_s = await worker.receive_weights(stream)
+        received = time.perf_counter() - started
+        bundle = await publishing
+        published = time.perf_counter() - started
+        assert bundle is not None
+        found = {"workers have it": received, "publish": published, **timings_s}
+        phases.append({**found, "memcpy": _memcpy_seconds(bundle)})
+    return phases[2:]  # as above
 
 
 async def _rollout_speed(worker: RolloutWorker) -> float:
@@ -111,7 +151,7 @@ async def _rollout_speed(worker: RolloutWorker) -> float:
 
 
 def _print(title: str, num_bytes: int, phases: Sequence[dict[str, float]]) -> None:
-    print(f"{title} parameters, {num_bytes / 1e6:.1f} MB, medians of {len(phases)} syncs")
+    print(f"{title}, {num_bytes / 1e6:.1f} MB, medians of {len(phases)} syncs")
     for name in phases[0]:
         seconds = median(found[name] for found in phases)
         ratio = median(found[name] / found["memcpy"] for found in phases)

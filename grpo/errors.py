@@ -24,6 +24,10 @@ class WorkerLost(Transient):
     """The actor or process that held the work is gone."""
 
 
+class StreamBroken(Transient):
+    """Weights did not arrive by the direct way; there is another one."""
+
+
 class DeadlineExceeded(Transient):
     """A named wait took longer than it may."""
 

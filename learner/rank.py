@@ -21,6 +21,7 @@ from grpo.errors import Fatal
 from grpo.objective import Objective
 from grpo.objective_checks import needs_reference, refuse_impossible
 from grpo.types import Float32, MeasureRequest, StepReport, TrainBatch, TrainRow, WeightBundle
+from grpo.weight_stream import WeightGroup
 from learner.answers import measured
 from learner.backend import Backend
 from learner.config import LearnerConfig, LoraConfig
@@ -34,6 +35,7 @@ from learner.snapshot import Snapshot, saved_numbers, saved_pieces, saved_refere
 from learner.torch_backend import TorchBackend
 from learner.update import Trainee, log_probs_of, run_step
 from learner.weight_images import WeightImages, adapter_images, model_images
+from learner.weight_sender import WeightSender
 from learner.weights import as_saved, export, to_cpu
 
 EXPORT_FOLDER = "huggingface"
@@ -104,6 +106,7 @@ class LearnerRank:
         backend = make_backend(policy, self._config)
         if initial is not None:
             initial.sequence_group = policy.sequence_group
+        self._sender = WeightSender(backend.device, self._dtype)
         self._moving_reference: Reference | None = None  # None: the model's files are all of it
         learnable = self._objective.learnable
         self._trainee = Trainee(
@@ -152,15 +155,23 @@ class LearnerRank:
         found = {k: v for part in self._trainee.backend.collect(mine) for k, v in part.items()}
         return [found[place] for place in range(len(rows))]
 
-    def publish(self, version: int) -> WeightBundle | None:
-        """The current weights, or adapters, on rank 0; None on the others."""
+    def open_group(self, host: str) -> int:
+        """The port of this node where rollout workers can meet rank 0, to be sent weights."""
+        return self._sender.open(host)
+
+    def publish(self, version: int, group: WeightGroup | None = None) -> WeightBundle | None:
+        """The current weights, or adapters, on rank 0; None on the others.
+
+        `group` gets all weights as they are gathered; the bundle is complete in any case.
+        """
         backend = self._trainee.backend
         if self._config.published_adapters is None:
             parts = backend.whole_weights()
         else:
             parts = backend.whole_adapters()
         if self._images is not None:
-            return self._images.bundle(parts, version=version)
+            sender = None if group is None else self._sender.begun(group, version)
+            return self._images.bundle(parts, version=version, sender=sender)
         for _ in parts:  # takes part in gathering them
             pass
         return None
@@ -201,7 +212,8 @@ class LearnerRank:
             self._moving_reference.restore(saved_reference(Path(folder)))
 
     def close(self) -> None:
-        """Leave the other ranks."""
+        """Leave the other ranks, and the rollout workers."""
+        self._sender.leave()
         self._trainee.backend.close()
 
     @property

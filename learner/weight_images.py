@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from grpo.types import AdapterShape, WeightBundle
 from grpo.weight_image import image_header, tensors_in
+from learner.weight_sender import WeightSender
 from learner.weights import as_saved, copy_weights, empty_weights
 
 Weights = dict[str, Tensor]
@@ -60,16 +61,31 @@ class WeightImages:
         self._gathered = None if is_direct else weights
         self._images: list[_Image] = []
 
-    def bundle(self, parts: Iterable[Mapping[str, Tensor]], *, version: int) -> WeightBundle:
-        """The image of all weights, which come in parts, each whole until the next is asked for."""
+    def bundle(
+        self,
+        parts: Iterable[Mapping[str, Tensor]],
+        *,
+        version: int,
+        sender: WeightSender | None = None,
+    ) -> WeightBundle:
+        """The image of all weights, which come in parts, each whole until the next is asked for.
+
+        A `sender` is given every weight, too, under its name in the image.
+        """
         image = next((image for image in self._images if image.is_free()), None)
         if image is None:
             image = _Image(self._header, self._num_bytes)
             self._images.append(image)
         for part in parts:
             copy_weights(part, image.weights if self._gathered is None else self._gathered)
+            if sender is not None and self._gathered is None:
+                sender.add(part)
         if self._gathered is not None:
             copy_weights(self._as_saved(self._gathered), image.weights)
+            if sender is not None:
+                sender.add(image.weights)
+        if sender is not None:
+            sender.end()  # the rest need not wait for the checksum
         payload = image.lent()
         return WeightBundle(
             version=version,

@@ -19,6 +19,7 @@ from ray.actor import ActorHandle
 
 from grpo.engines import RolloutEngine
 from grpo.types import Group, LoadReport, Rollout, SampleRequest, Score, Span, WeightRef
+from grpo.weight_stream import WeightStream
 from orchestration.cluster import answer, located
 from orchestration.config import Recipe
 from orchestration.scorer_pool import ScorerWorker
@@ -46,6 +47,9 @@ class RayRolloutWorker:
         self.actor = actor
         self._turn = Turn(self._hand_over)
         self._turns = itertools.count()
+        self.has_loaded = False
+        # (version, seconds by phase) of what came by broadcast and nobody has asked for yet.
+        self._received: tuple[int, Mapping[str, float]] | None = None
 
     async def sample(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
         call = _SampleCall(requests=list(requests))
@@ -64,8 +68,20 @@ class RayRolloutWorker:
             call.answer = self.actor.sample.remote(call.requests, together)
 
     async def load_weights(self, ref: WeightRef) -> LoadReport:
+        received, self._received = self._received, None
+        if received is not None and received[0] == ref.version:
+            # Each bucket was checked against its own sum where it arrived.
+            return LoadReport(version=ref.version, checksum=ref.checksum, timings_s=received[1])
         result: LoadReport = await answer(self.actor.load_weights.remote(ref.location))
+        self.has_loaded = True
         return result
+
+    async def receive_weights(self, stream: WeightStream) -> None:
+        timings_s = await answer(self.actor.receive_weights.remote(stream))
+        self._received = (stream.version, timings_s)
+
+    def forget_received(self) -> None:
+        self._received = None
 
 
 class RayRolloutSpawner:
@@ -74,6 +90,7 @@ class RayRolloutSpawner:
     def __init__(
         self, recipe: Recipe, model: str, max_model_len: int, environment: Mapping[str, str]
     ) -> None:
+        self.workers: list[RayRolloutWorker] = []  # not discarded so far
         self._arguments = (
             model,
             recipe.rollout,
@@ -88,10 +105,13 @@ class RayRolloutSpawner:
         )
 
     async def spawn(self, place: int) -> RolloutEngine:
-        return RayRolloutWorker(await _started(self._actor_class.remote(*self._arguments)))
+        worker = RayRolloutWorker(await _started(self._actor_class.remote(*self._arguments)))
+        self.workers.append(worker)
+        return worker
 
     async def discard(self, worker: RolloutEngine) -> None:
         assert isinstance(worker, RayRolloutWorker)
+        self.workers.remove(worker)
         ray.kill(worker.actor)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from grpo.types import (
     WeightBundle,
     WeightRef,
 )
+from grpo.weight_stream import WeightGroup
 from learner.rank import LearnerRank
 from orchestration.cluster import answer, located
 from orchestration.config import Recipe
 from orchestration.waits import waiting_for
+from orchestration.weight_broadcast import WeightBroadcast
 
 LOSS_NOTICED_S = 10.0  # Ray reports a killed process within a second or two
 WRITING = "writing"  # Ray's concurrency group of what a learner rank does beside its other calls
@@ -68,12 +70,19 @@ class LearnerActor:
         return self.rank.log_probs(rows)
 
     @ray.method(num_returns=2)  # type: ignore[untyped-decorator]  # Ray does not annotate it
-    def publish(self, version: int) -> tuple[tuple[int, int] | None, WeightBundle | None]:
+    def publish(
+        self, version: int, group: WeightGroup | None
+    ) -> tuple[tuple[int, int] | None, WeightBundle | None]:
         """(size and checksum, the bundle): two results, so that the driver fetches the first."""
-        bundle = self.rank.publish(version)
+        bundle = self.rank.publish(version, group)
         if bundle is None:
             return None, None
         return (bundle.payload.nbytes, bundle.checksum), bundle
+
+    def open_group(self) -> tuple[str, int]:
+        """Host and port where rollout workers can meet this rank."""
+        host = str(ray.util.get_node_ip_address())
+        return host, self.rank.open_group(host)
 
     def snapshot(self) -> None:
         self.rank.snapshot()
@@ -93,7 +102,14 @@ class LearnerActor:
 class RayLearner:
     """All ranks together, as one PolicyLearner: every call goes to every rank."""
 
-    def __init__(self, recipe: Recipe, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        environment: Mapping[str, str],
+        broadcast: WeightBroadcast | None = None,
+    ) -> None:
+        """`broadcast`: who is sent each version beside it; None: all load it from its location."""
+        self._broadcast = broadcast
         self.num_ranks = recipe.learner.ranks
         # All else stays in the one thread of the default group.
         self._actor_class = ray.remote(concurrency_groups={WRITING: 1})(LearnerActor).options(
@@ -107,6 +123,8 @@ class RayLearner:
     async def start(self, arguments: Mapping[str, Any]) -> None:
         """`arguments` of LearnerRank but for its place among the ranks."""
         self._arguments = arguments
+        if self._broadcast is not None:
+            self._broadcast.forget()
         self._ranks = [self._actor_class.remote() for _ in range(self.num_ranks)]
         await self._all([located(rank, _rank(i)) for i, rank in enumerate(self._ranks)])
         (master,) = await self._all([self._ranks[0].free_address.remote()])
@@ -145,8 +163,10 @@ class RayLearner:
         return result
 
     async def publish(self, version: int) -> WeightRef:
-        parts = [rank.publish.remote(version) for rank in self._ranks]
-        described = await self._all([description for description, _ in parts])
+        group = None if self._broadcast is None else await self._broadcast.group(self._meet)
+        parts = [rank.publish.remote(version, group) for rank in self._ranks]
+        async with self._broadcasting(group, version):
+            described = await self._all([description for description, _ in parts])
         num_bytes, checksum = described[0]
         return WeightRef(
             version=version, num_bytes=num_bytes, checksum=checksum, location=parts[0][1]
@@ -165,6 +185,25 @@ class RayLearner:
     async def close(self) -> None:
         for rank in self._ranks:
             ray.kill(rank)
+
+    async def _meet(self) -> tuple[str, int]:
+        (place,) = await self._all([self._ranks[0].open_group.remote()])
+        host, port = place
+        return host, port
+
+    @asynccontextmanager
+    async def _broadcasting(self, group: WeightGroup | None, version: int) -> AsyncIterator[None]:
+        """The group receives what the ranks send in this block; it ends when both are done."""
+        if self._broadcast is None or group is None:
+            yield
+            return
+        what = f"rollout workers: receiving version {version}"
+        receiving = asyncio.create_task(waiting_for(what, self._broadcast.received(group, version)))
+        try:
+            yield
+            await receiving
+        finally:
+            receiving.cancel()
 
     async def _all(self, calls: Sequence[Any]) -> list[Any]:
         """Every rank's result; the first failure ends the wait for the others."""

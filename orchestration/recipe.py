@@ -221,6 +221,12 @@ class Recipe(Schema):
         )
 
     @property
+    def broadcasts_weights(self) -> bool:
+        """Adapters that are published alone are few bytes: they go through the object store."""
+        is_chosen = self.rollout.weight_transport == "broadcast"
+        return is_chosen and self.learner.published_adapters is None
+
+    @property
     def max_model_len(self) -> int:
         """Tokens of the longest prompt and completion together."""
         return self.sampling.max_prompt_length + self.sampling.max_completion_length
@@ -291,6 +297,7 @@ def combination_problems(recipe: Recipe) -> Iterator[str]:
     yield from _precision_problems(recipe)
     if recipe.learner.published_adapters is not None:
         yield from adapter_problems(recipe.rollout, recipe.learner.published_adapters)
+    yield from _transport_problems(recipe)
     yield from _size_problems(recipe)
     yield from _algorithm_problems(recipe)
 
@@ -317,6 +324,19 @@ def _algorithm_problems(recipe: Recipe) -> Iterator[str]:
         epochs_per_step=recipe.epochs_per_step,
         is_replayed=recipe.replay.share > 0,
     )
+
+
+def _transport_problems(recipe: Recipe) -> Iterator[str]:
+    """A broadcast is between devices of one kind."""
+    rollout, learner = recipe.rollout, recipe.learner
+    is_on_gpus = rollout.gpus_per_worker > 0
+    if rollout.weight_transport == "broadcast" and is_on_gpus != (learner.gpus_per_rank > 0):
+        yield (
+            f"rollout.weight_transport is broadcast, but rollout.gpus_per_worker is "
+            f"{rollout.gpus_per_worker} and learner.gpus_per_rank {learner.gpus_per_rank}: it goes "
+            "from GPU to GPU or from CPU to CPU; set weight_transport: object_store, or give GPUs "
+            "to both"
+        )
 
 
 def _precision_problems(recipe: Recipe) -> Iterator[str]:

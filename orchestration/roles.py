@@ -92,7 +92,8 @@ class Roles:
 
 def local_recipe(recipe: Recipe) -> Recipe:
     """The same run for one process: the small engine and the small backend, one of each."""
-    small = {"engine": "transformers", "workers": 1, "quantization": None, "kv_cache_dtype": None}
+    small = {"engine": "transformers", "workers": 1, "weight_transport": "object_store"}
+    small |= {"quantization": None, "kv_cache_dtype": None}
     rollout = recipe.rollout.model_copy(update=small)
     alone = {"backend": "torch", "ranks": 1, "sequence_parallel": 1}
     learner = recipe.learner.model_copy(update=alone)
@@ -281,20 +282,30 @@ def local_learner(recipe: Recipe, loading: asyncio.Lock) -> LocalLearner:
 def _cluster_parts(recipe: Recipe) -> Parts:
     # Imported here: a local run needs no Ray.
     from orchestration import cluster, handles, learner_handles
+    from orchestration.weight_broadcast import WeightBroadcast
 
     cluster.connect(recipe)
-    learner = learner_handles.RayLearner(recipe, thread_environment(recipe.learner.cpus_per_rank))
+    spawner = handles.RayRolloutSpawner(
+        recipe,
+        recipe.model,
+        recipe.max_model_len,
+        engine_environment(recipe.rollout, recipe.model),
+    )
+    broadcast = None
+    if recipe.broadcasts_weights:
+        broadcast = WeightBroadcast(
+            lambda: spawner.workers,
+            processes_per_worker=recipe.rollout.tensor_parallel_size,
+            deadline_s=recipe.alarms.worker_s,
+        )
+    threads = thread_environment(recipe.learner.cpus_per_rank)
+    learner = learner_handles.RayLearner(recipe, threads, broadcast)
 
     async def close() -> None:
         cluster.disconnect()
 
     return Parts(
-        rollout_spawner=handles.RayRolloutSpawner(
-            recipe,
-            recipe.model,
-            recipe.max_model_len,
-            engine_environment(recipe.rollout, recipe.model),
-        ),
+        rollout_spawner=spawner,
         scorer_spawners={s.name: handles.RayScorerSpawner(s) for s in recipe.scorers},
         learner=learner,
         start_learner=lambda: learner.start(_learner_arguments(recipe)),

@@ -146,5 +146,12 @@ def note_whereabouts(found: Whereabouts, owner: str | None = None) -> None:
         current.waits.whereabouts[owner or current.wait.owner] = found
 
 
+def note_trouble(text: str) -> None:
+    """The same for something that people should see, though the run goes on."""
+    current = _current.get()
+    if current is not None:
+        current.waits.trouble(text)
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).partition("\n")[0]

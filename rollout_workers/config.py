@@ -43,6 +43,14 @@ class RolloutConfig(Schema):
         "a minute and gains nothing",
     )
 
+    weight_transport: Literal["object_store", "broadcast"] = Field(
+        "object_store",
+        description="how a new version reaches the workers; object_store: one image in host memory "
+        "that each of them loads; broadcast: into all vLLM engines while the learner gathers it "
+        "(NCCL between GPUs, gloo on the CPU), and through the object store where that fails, for "
+        "new workers, and for adapters that are published alone",
+    )
+
     @property
     def tensor_parallel_size(self) -> int:
         """GPUs that share one copy of the weights: all that a worker has, max(1, gpus)."""
@@ -58,6 +66,16 @@ class RolloutConfig(Schema):
         """Those that make the sampled policy a rounding of the trained one, as recipes say them."""
         chosen = {"quantization": self.quantization, "kv_cache_dtype": self.kv_cache_dtype}
         return tuple(f"rollout.{name}: {value}" for name, value in chosen.items() if value)
+
+    @model_validator(mode="after")
+    def _broadcast_needs_vllm(self) -> RolloutConfig:
+        if self.weight_transport == "broadcast" and self.engine != "vllm":
+            raise ValueError(
+                f"rollout.weight_transport is broadcast, but rollout.engine is {self.engine}: "
+                "only vLLM engines take part in a broadcast; set weight_transport: object_store, "
+                "or engine: vllm"
+            )
+        return self
 
     @model_validator(mode="after")
     def _transformers_uses_one_device(self) -> RolloutConfig:

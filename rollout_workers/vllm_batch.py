@@ -20,6 +20,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from grpo.errors import UserError, WorkerLost
 from grpo.types import Int32, WeightBundle
+from grpo.weight_stream import WeightStream
 from rollout_workers.adapter_limits import INSTEAD
 from rollout_workers.completion import Sampled
 from rollout_workers.vllm_adapters import THE_ADAPTERS
@@ -51,6 +52,7 @@ class VllmBatch:
         self._engine = engine
         self._running: dict[str, _Running] = {}
         self._version = 0
+        self._is_torn = False  # the weights are of no version: no token may come from them
         self._adapters: LoRARequest | None = None  # None: requests run under the weights alone
         engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
 
@@ -87,7 +89,7 @@ class VllmBatch:
             self._engine.abort_request(running)
 
     def busy(self) -> bool:
-        return bool(self._engine.has_unfinished_requests())
+        return not self._is_torn and bool(self._engine.has_unfinished_requests())
 
     def step(self) -> None:
         for output in self._engine.step():
@@ -119,13 +121,25 @@ class VllmBatch:
         engine.collective_rpc("finish_weight_update")
         return received
 
+    def receive_stream(self, stream: WeightStream) -> list[str]:
+        """Load a version while it is sent; why it failed, in each worker where it did.
+
+        Requests wait from now on, until `set_version`.
+        """
+        engine, self._is_torn = self._engine, True
+        engine.collective_rpc("start_weight_update")
+        engine.collective_rpc("update_weights", kwargs={"update_info": {"stream": stream}})
+        failures = engine.collective_rpc(WorkerExtension.stream_failure.__name__)
+        engine.collective_rpc("finish_weight_update")
+        return [failure for failure in failures if failure is not None]
+
     def set_version(self, version: int) -> None:
         """Tokens sampled from now on carry `version`, those of running requests too.
 
         Their keys and values came from the old weights: all are computed anew.
         """
         self._engine.reset_prefix_cache(reset_running_requests=True)
-        self._version = version
+        self._version, self._is_torn = version, False
         for state in self._engine.output_processor.request_states.values():
             running = self._running[state.external_req_id]
             running.starts.append((version, state.detokenizer.num_output_tokens()))

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from grpo.errors import BadInput, WeightMismatch
+from grpo.errors import BadInput, StreamBroken, WeightMismatch
 from grpo.types import AdapterShape, LoadReport, Rollout, SampleRequest, WeightBundle
+from grpo.weight_stream import WeightStream
 from rollout_workers.adapted_layers import adapted_layers
 from rollout_workers.adapter_limits import refuse_other_kind, vllm_rank
 from rollout_workers.completion import NOTHING, check_room, is_complete, rollout
@@ -59,6 +60,13 @@ class _Swap:
     began: float
     loaded: float
     ended: float
+
+    def timings_s(self, *, asked: float) -> dict[str, float]:
+        return {
+            "pause": self.began - asked,
+            "load": self.loaded - self.began,
+            "resume": self.ended - self.loaded,
+        }
 
 
 class VllmEngine:
@@ -122,13 +130,16 @@ class VllmEngine:
         return LoadReport(
             version=bundle.version,
             checksum=bundle.checksum,
-            timings_s={
-                "transfer": written - asked,
-                "pause": swap.began - written,
-                "load": swap.loaded - swap.began,
-                "resume": swap.ended - swap.loaded,
-            },
+            timings_s={"transfer": written - asked, **swap.timings_s(asked=written)},
         )
+
+    async def receive_weights(self, stream: WeightStream) -> Mapping[str, float]:
+        """The same from a stream, with what it cost. Where it fails, requests wait for a bundle."""
+        asked = time.perf_counter()
+        swap = await asyncio.wrap_future(
+            self._loop.call(lambda batch: _swap_streamed(batch, stream))
+        )
+        return swap.timings_s(asked=asked)
 
     async def close(self) -> None:
         """Stop the engine and free what it holds."""
@@ -230,6 +241,16 @@ def _swap(batch: VllmBatch, image: NDArray[np.uint8] | Path, bundle: WeightBundl
             )
     loaded = time.perf_counter()
     batch.set_version(bundle.version)
+    return _Swap(began=began, loaded=loaded, ended=time.perf_counter())
+
+
+def _swap_streamed(batch: VllmBatch, stream: WeightStream) -> _Swap:
+    """Runs in the engine's thread, too."""
+    began = time.perf_counter()
+    for failure in batch.receive_stream(stream):
+        raise StreamBroken(failure)
+    loaded = time.perf_counter()
+    batch.set_version(stream.version)
     return _Swap(began=began, loaded=loaded, ended=time.perf_counter())
 
 

@@ -1,4 +1,4 @@
-"""Our side of vLLM's weight-transfer API: a backend that reads a safetensors image.
+"""Our side of vLLM's weight-transfer API: a backend that reads a safetensors image or a stream.
 
 Runs inside vLLM's workers, one per GPU; they import this module by name (`worker_extension_cls`),
 which registers the backend there too. Knows nothing of who wrote the image.
@@ -25,8 +25,11 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from grpo.errors import WeightMismatch
 from grpo.weight_image import tensors_in
+from grpo.weight_stream import WeightStream
 from rollout_workers.vllm_adapters import AdapterSlot
+from rollout_workers.weight_receiver import WeightReceiver
 
 BACKEND = "covey_image"
 
@@ -44,21 +47,37 @@ class ImageUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]  # as above
     checksum: int
 
 
+@dataclass
+class StreamUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]  # as above
+    """Where all weights of a version come from, each bucket with a sum of its own."""
+
+    stream: WeightStream
+
+
 class ImageTransfer(WeightTransferEngine[ImageInit, ImageUpdate]):  # type: ignore[misc]
-    """Loads all weights of one image; leaves the model alone if its bytes are not as promised."""
+    """Loads all weights of one image; leaves the model alone if its bytes are not as promised.
+
+    A stream is loaded as it comes: one that fails leaves weights that nobody may sample from.
+    """
 
     init_info_cls = ImageInit
     update_info_cls = ImageUpdate
     received_checksum: int
+    stream_failure: str | None  # None: every bucket is loaded
+    _receiver: WeightReceiver | None = None  # None: init_transfer_engine() has still to come
 
     def init_transfer_engine(self, init_info: ImageInit) -> None:
-        """Nothing to set up: every update brings its own image."""
+        """Nothing to agree on: every update brings its image or says where weights come from."""
+        self._receiver = WeightReceiver(self.device)
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, object]) -> None:
-        self.receive_weights(self.parse_update_info(update_info))
+        if "stream" in update_info:
+            self._receive_stream(StreamUpdate(**update_info).stream)
+        else:
+            self.receive_weights(self.parse_update_info(update_info))
         # vLLM's own implementation of this method fails on the CPU in this call.
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
@@ -71,13 +90,25 @@ class ImageTransfer(WeightTransferEngine[ImageInit, ImageUpdate]):  # type: igno
         if self.received_checksum == update_info.checksum:
             self.model.load_weights(tensors_in(image).items())
 
+    def _receive_stream(self, stream: WeightStream) -> None:
+        """Raises nothing: vLLM would not put a half-loaded model together again."""
+        assert self._receiver is not None, "VllmBatch sets it up"
+        self.stream_failure = None
+        try:
+            for weights in self._receiver.buckets(stream, process=self.parallel_config.rank):
+                self.model.load_weights(weights.items())
+        except (RuntimeError, WeightMismatch) as error:
+            self._receiver.leave()
+            self.stream_failure = str(error).partition("\n")[0]
+
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             _repack_heads(self.model)
 
     def shutdown(self) -> None:
-        """Holds nothing between updates."""
+        if self._receiver is not None:
+            self._receiver.leave()
 
 
 def _repack_heads(model: torch.nn.Module) -> None:
@@ -98,6 +129,9 @@ class WorkerExtension(AdapterSlot):
 
     def received_checksum(self) -> int:
         return self.weight_transfer_engine.received_checksum
+
+    def stream_failure(self) -> str | None:
+        return self.weight_transfer_engine.stream_failure
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:  # a reload of this module is harmless

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from grpo.errors import CoveyError, Fatal, UserError
 from grpo.types import AdapterShape, LoadReport, Rollout, SampleRequest, WeightBundle
 from rollout_workers.config import RolloutConfig
 from rollout_workers.environment import engine_environment
 from rollout_workers.turns import Gate, Together
+
+if TYPE_CHECKING:
+    from grpo.weight_stream import WeightStream
 
 
 class Engine(Protocol):
@@ -30,6 +33,12 @@ class Engine(Protocol):
     async def load_weights(self, bundle: WeightBundle) -> LoadReport: ...
 
     async def close(self) -> None: ...
+
+
+class StreamEngine(Protocol):
+    """What VllmEngine has beside it."""
+
+    async def receive_weights(self, stream: WeightStream) -> Mapping[str, float]: ...
 
 
 class RolloutWorker:
@@ -75,6 +84,12 @@ class RolloutWorker:
         """Swap the weights; tokens sampled from now on carry the new version."""
         with _classified(f"weights of version {bundle.version} could not be loaded"):
             return await self._started().load_weights(bundle)
+
+    async def receive_weights(self, stream: WeightStream) -> Mapping[str, float]:
+        """The same from a stream, with the seconds of its phases. StreamBroken: load a bundle."""
+        with _classified(f"weights of version {stream.version} could not be received"):
+            # Schema: only the vLLM engine is asked (rollout.weight_transport).
+            return await cast(StreamEngine, self._started()).receive_weights(stream)
 
     async def close(self) -> None:
         """Free the engine; the worker cannot be started again."""

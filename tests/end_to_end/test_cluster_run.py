@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -95,16 +96,20 @@ def test_measures_epochs_and_replay_on_two_ranks(tmp_path: Path) -> None:
     assert sum("replayed" in group for group in trained) == 4
 
 
-def test_a_killed_rollout_worker_is_replaced_and_no_group_is_lost(tmp_path: Path) -> None:
-    run = train(tmp_path, steps=8, max_staleness=1, data__evaluation=None)
-    lines_until(run, "step 2/8")
-    workers = [
-        process
+def rollout_workers(run: subprocess.Popen[str]) -> list[int]:
+    """Their process ids."""
+    return [
+        process.pid
         for process in psutil.Process(run.pid).children(recursive=True)
         if "RolloutWorker" in " ".join(process.cmdline())
     ]
-    assert len(workers) == 1
-    os.kill(workers[0].pid, signal.SIGKILL)
+
+
+def test_a_killed_rollout_worker_is_replaced_and_no_group_is_lost(tmp_path: Path) -> None:
+    run = train(tmp_path, steps=8, max_staleness=1, data__evaluation=None)
+    lines_until(run, "step 2/8")
+    (worker,) = rollout_workers(run)
+    os.kill(worker, signal.SIGKILL)
     output = finished(run)
     assert run.returncode == 0, output
     left = only_run(tmp_path / "runs")
@@ -112,3 +117,27 @@ def test_a_killed_rollout_worker_is_replaced_and_no_group_is_lost(tmp_path: Path
     assert trained == list(range(64))
     assert max(step["staleness/max"] for step in left.steps) <= 1
     assert left.summary["replaced"] == {"rollout worker": 1}
+
+
+def test_weights_go_by_broadcast_to_whoever_is_left(tmp_path: Path) -> None:
+    run = train(
+        tmp_path,
+        steps=8,
+        max_staleness=1,
+        data__evaluation=None,
+        rollout__workers=2,
+        rollout__weight_transport="broadcast",
+    )
+    lines_until(run, "step 3/8")
+    victim, _ = rollout_workers(run)
+    os.kill(victim, signal.SIGKILL)
+    output = finished(run)
+    assert run.returncode == 0, output
+    left = only_run(tmp_path / "runs")
+    trained = [group["group"] for group in left.groups if "dropped" not in group]
+    assert trained == list(range(64))
+    assert max(step["log_prob_gap/max"] for step in left.steps) < 1e-4
+    assert left.summary["replaced"] == {"rollout worker": 1}
+    # A phase of the object store alone: nobody had weights at the first sync.
+    by_store = ["timing_s/sync/load/transfer" in step for step in left.steps]
+    assert not by_store[1] and not by_store[-1], output

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from grpo.types import AdapterShape, Rollout
+from grpo.weight_stream import WeightStream
+from learner import weight_sender
 from rollout_workers.config import RolloutConfig
 from rollout_workers.environment import engine_environment
 from rollout_workers.worker import RolloutWorker
@@ -25,6 +28,7 @@ from tests.unit.rollout_models import (
     policy,
     requests,
 )
+from tests.unit.stream_members import CPU, in_thread, met, send
 
 ADAPTERS = AdapterShape(rank=8, alpha=16, target_modules="all-linear")
 CASES: dict[str, tuple[dict[str, str], AdapterShape | None]] = {
@@ -90,5 +94,26 @@ def test_loaded_weights_are_rounded_anew_and_as_the_files_were(served: Served) -
     assert mean_gap(first, after) > 0.5
     served.load(start)
     for old, new in zip(before, served.sample(), strict=True):
+        np.testing.assert_array_equal(old.tokens, new.tokens)
+        np.testing.assert_array_equal(old.log_probs, new.log_probs)
+
+
+@pytest.mark.parametrize("served", ["weights"], indirect=True)
+def test_weights_that_come_in_buckets_are_rounded_as_those_of_an_image(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_sender, "BUCKET_BYTES", 2**14)
+    sent = served.load(2)
+    by_image = served.sample()
+    served.load(0)
+    sender = weight_sender.WeightSender(CPU, torch.bfloat16)
+    group = met(sender, receivers=1)
+    parts = [{name: weight} for name, weight in sent.named_parameters()]
+    sending = in_thread(lambda: send(sender, group, parts, version=3))
+    stream = WeightStream(group=group, first_rank=1, version=3)
+    asyncio.run(served.worker.receive_weights(stream))
+    sending.result(60)
+    assert sender._num_sent > 5
+    for old, new in zip(by_image, served.sample(), strict=True):
         np.testing.assert_array_equal(old.tokens, new.tokens)
         np.testing.assert_array_equal(old.log_probs, new.log_probs)

@@ -34,10 +34,14 @@ def test_a_recipe_is_loaded_with_defaults_and_absolute_paths(tmp_path: Path) -> 
 
 def test_a_local_run_leaves_out_what_only_vllm_can_do(tmp_path: Path) -> None:
     rollout = {"kv_cache_dtype": "fp8", "quantization": "fp8", "dtype": "bfloat16"}
+    rollout |= {"weight_transport": "broadcast"}
     changed = {"learner": {"publish_dtype": "bfloat16"}, "alarms": {"log_prob_gap": 0.05}}
     recipe = load_recipe(written_project(tmp_path, rollout=rollout, **changed))
     assert len(recipe.rollout.fp8_settings) == 2
-    assert local_recipe(recipe).rollout.fp8_settings == ()
+    local = local_recipe(recipe)
+    assert local.rollout.fp8_settings == ()
+    assert recipe.broadcasts_weights and not local.broadcasts_weights
+    assert type(local.rollout).model_validate(local.rollout.model_dump()) == local.rollout
 
 
 def test_a_dumped_recipe_loads_as_the_same_recipe(tmp_path: Path) -> None:
@@ -184,6 +188,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "two precisions": (
         {"rollout": {"dtype": "bfloat16"}},
         ["rollout.dtype is bfloat16, but the learner publishes float32", "publish_dtype"],
+    ),
+    "broadcast without vLLM": (
+        {"rollout": {"weight_transport": "broadcast", "engine": "transformers"}},
+        ["rollout.engine is transformers", "set weight_transport: object_store, or engine: vllm"],
+    ),
+    "broadcast between GPUs and the CPU": (
+        {"rollout": {"weight_transport": "broadcast", "engine": "vllm", "gpus_per_worker": 1}},
+        ["gpus_per_worker is 1 and learner.gpus_per_rank 0", "from GPU to GPU or from CPU to CPU"],
     ),
     "alarm too tight for bfloat16": (
         {"rollout": {"dtype": "bfloat16"}, "learner": {"publish_dtype": "bfloat16"}},
