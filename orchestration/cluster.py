@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private import worker as ray_worker
 from ray.actor import ActorHandle
 
 from grpo.errors import CoveyError, Fatal, UserError, WorkerLost
@@ -50,6 +51,7 @@ def connect(recipe: Recipe) -> bool:
 
 
 def _init(**where: Any) -> None:
+    _print_no_paragraphs()
     try:
         ray.init(**where, log_to_driver=False, logging_level="warning")
     except Exception as error:  # Ray raises nothing more exact, of late processes for example
@@ -57,6 +59,20 @@ def _init(**where: Any) -> None:
             f"Ray did not start: {error}\nit gives its own processes half a minute at most: on a "
             "busy machine try again, or train without Ray (--local)"
         ) from error
+
+
+def _print_no_paragraphs() -> None:
+    """Ray prints a paragraph of advice for every process that dies, ahead of our line about it.
+
+    No setting stops it; where another version of Ray does it otherwise, it prints as ever. What
+    the paragraph says is in Ray's logs, too.
+    """
+    if hasattr(ray_worker, "print_to_stdstream"):
+        ray_worker.print_to_stdstream = _print_nothing
+
+
+def _print_nothing(*message: object, **how: object) -> None:
+    """In its place."""
 
 
 def room() -> Room:
