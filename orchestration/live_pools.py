@@ -37,7 +37,8 @@ EVERY_S = 1.0
 class LearnerRanks(Protocol):
     """A learner that may be restarted with other ranks."""
 
-    num_ranks: int  # that work
+    num_ranks: int  # that work, or worked before a restart
+    is_restarting: bool
     ranks_setback: str | None  # why they are not those that were asked for last
 
     def request_ranks(self, ranks: int) -> None:
@@ -143,8 +144,12 @@ class _Keeper:
     def _sizes(self) -> dict[str, PoolSizes]:
         now, setback = self._learner.num_ranks, self._learner.ranks_setback
         wanted = now if setback is not None else self._asked.get(LEARNER, now)
+        ready = 0 if self._learner.is_restarting else now
         learner = PoolSizes(
-            wanted=wanted, ready=now, starting=max(0, wanted - now), leaving=max(0, now - wanted)
+            wanted=wanted,
+            ready=ready,
+            starting=max(0, wanted - ready),
+            leaving=max(0, ready - wanted),
         )
         return {**{role: pool.sizes for role, pool in self._pools.items()}, LEARNER: learner}
 

@@ -50,6 +50,7 @@ class Training:
         self._driver: Driver | None = None
         # Of the learner that works: until another one has started, those of the one before.
         self.num_ranks = roles.restartable.num_ranks if roles.restartable is not None else 1
+        self.is_restarting = False
         self.ranks_setback: str | None = None  # why it does not have those it was asked to have
         self._new_ranks: int | None = None  # asked for, not in force yet
         resume = self._inputs.resume
@@ -107,15 +108,15 @@ class Training:
         learner = self._roles.restartable
         assert learner is not None, "only a learner of actors is lost or changes its ranks"
         before, wanted = learner.num_ranks, self._new_ranks
-        self._new_ranks = None
+        self._new_ranks, self.is_restarting = None, True
         if wanted is not None:
-            self._display.phase(f"restarting the learner: {wanted} ranks instead of {before}")
+            self._display.phase(f"restarting the learner: ranks {wanted} instead of {before}")
             try:
                 await self._started(wanted)
                 return
             except (StateLost, Transient) as error:
                 reason = str(error).partition("\n")[0]
-                self.ranks_setback = f"the learner does not start with {wanted} ranks: {reason}"
+                self.ranks_setback = f"the learner does not start with ranks={wanted}: {reason}"
                 self._display.message(self.ranks_setback)
         self._display.phase("restarting the learner")
         await self._started(before)
@@ -125,7 +126,7 @@ class Training:
         await self._waits.within(
             START_DEADLINE_S, "learner: starting", self._roles.restartable.restart(ranks)
         )
-        self.num_ranks = ranks
+        self.num_ranks, self.is_restarting = ranks, False
 
     async def _load(self, *, is_again: bool) -> None:
         """Bring learner, scorers, engines and records to the checkpoint, or to the beginning."""

@@ -47,6 +47,7 @@ class Ranks:
 
     num_ranks: int = 1
     ranks_setback: str | None = None
+    is_restarting: bool = False
     refuses: str | None = None
     asked: list[int] = field(default_factory=list)
 
@@ -242,6 +243,18 @@ def test_a_local_run_refuses_and_so_does_a_learner_that_cannot(tmp_path: Path) -
             found = await job.told()
             assert found.refusal == "it does not start with 2 ranks"
             assert (found.asked, found.pools["learner"].wanted) == ({"learner": 1}, 1)
+
+    asyncio.run(scenario())
+
+
+def test_a_learner_that_is_being_restarted_is_not_ready(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        job = Job(tmp_path, a_recipe(tmp_path, learner=DEEPSPEED))
+        async with job.running():
+            job.ranks.is_restarting = True
+            while (found := read_pools(tmp_path)) is None or found.pools["learner"].ready:
+                await asyncio.sleep(0)
+            assert (found.pools["learner"].wanted, found.pools["learner"].starting) == (1, 1)
 
     asyncio.run(scenario())
 
