@@ -94,10 +94,8 @@ async def answer(reference: Any) -> Any:
         if isinstance(cause, CoveyError):
             raise cause from None
         raise Fatal(f"an actor raised {type(cause).__name__}: {cause}\n{error}") from error
-    except ray.exceptions.RayActorError as error:
-        raise WorkerLost(_in_short(error)) from error
     except ray.exceptions.RayError as error:
-        raise WorkerLost(_in_short(error)) from error
+        raise WorkerLost(in_short(str(error)) or type(error).__name__) from error
 
 
 def _whereabouts(actor: object) -> Whereabouts:
@@ -113,9 +111,13 @@ async def located(actor: ActorHandle[Any], owner: str | None = None) -> None:
     note_whereabouts(await answer(actor.__ray_call__.remote(_whereabouts)), owner)
 
 
-def _in_short(error: Exception) -> str:
-    """Ray's sentence about the cause, without ids and general advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def in_short(told: str) -> str:
+    """What Ray tells of a failure: the cause first, then its own words without general advice."""
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
     causes = [line for line in lines if "Worker exit" in line or "died" in line]
-    sentence = (causes or lines or [type(error).__name__])[-1 if causes else 0]
-    return sentence.partition(" Some common causes")[0]
+    sentence = (causes[-1:] or lines[:1] or [""])[0].partition(" Some common causes")[0]
+    head, _, detail = sentence.partition(" Worker exit type: ")
+    if not detail:
+        return head
+    words = detail.rpartition("Worker exit detail: ")[2]
+    return f"its process has ended (Ray: {words.rstrip('.')})"
