@@ -7,57 +7,37 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from grpo.errors import BadInput, PromptTooLong, UserError, WeightMismatch, WorkerLost
-from grpo.types import FinishReason, Origin, Rollout, SampleRequest
-from rollout_workers.config import RolloutConfig
-from rollout_workers.environment import engine_environment
+from grpo.types import FinishReason, Origin, Rollout
 from rollout_workers.vllm_window import check_interfaces, check_version
 from rollout_workers.worker import RolloutWorker
+from tests.equivalence.served_worker import CONFIG, Served, serving
 from tests.unit.rollout_models import (
     EOS_ID,
     MAX_MODEL_LEN,
     bundle,
     expected_log_probs,
     largest_gap,
-    make_model,
     policy,
     requests,
 )
-
-CONFIG = RolloutConfig(max_concurrent_rollouts=64, kv_cache_gib=0.1)
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A started worker and the folder of its model."""
-
-    worker: RolloutWorker
-    model: str
-
-    def sample(self, wanted: list[SampleRequest]) -> list[Rollout]:
-        return asyncio.run(self.worker.sample(wanted))
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    model = make_model(tmp_path_factory.mktemp("model"), tied=request.param)
-    os.environ.update(engine_environment(CONFIG, model))
-    worker = RolloutWorker(model, CONFIG, MAX_MODEL_LEN)
-    asyncio.run(worker.start())
-    yield Served(worker, model)
-    asyncio.run(worker.close())
+    with serving(tmp_path_factory.mktemp("model"), tied=request.param) as started:
+        yield started
     with pytest.raises(WorkerLost):
-        asyncio.run(worker.sample(requests(1)))
+        started.sample(requests(1))
 
 
 @pytest.fixture(autouse=True)

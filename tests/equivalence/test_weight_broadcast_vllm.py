@@ -12,7 +12,6 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -25,22 +24,18 @@ from transformers import PreTrainedModel
 
 import learner.weight_sender
 from grpo.errors import StreamBroken
-from grpo.types import Rollout, SampleRequest, WeightBundle
+from grpo.types import Rollout, WeightBundle
 from grpo.weight_stream import WeightGroup, WeightStream
 from learner.config import LearnerConfig
 from learner.weight_sender import WeightSender
 from learner.weights import named_weights
-from rollout_workers.config import RolloutConfig
-from rollout_workers.environment import engine_environment
-from rollout_workers.worker import RolloutWorker
 from tests.equivalence.learner_processes import free_port
+from tests.equivalence.served_worker import Served, serving
 from tests.unit.learner_cases import batch_of, random_rows, rank_of
 from tests.unit.rollout_models import (
-    MAX_MODEL_LEN,
     bundle,
     expected_log_probs,
     largest_gap,
-    make_model,
     policy,
     requests,
 )
@@ -48,32 +43,16 @@ from tests.unit.stream_members import CPU, Spoiling, in_thread, met, send
 
 pytestmark = pytest.mark.slow
 
-CONFIG = RolloutConfig(max_concurrent_rollouts=64, kv_cache_gib=0.1)
 BUCKET_BYTES = 2**15  # the embedding of the test model takes twice as much
 DEADLINE_S = 120
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A started worker and the folder of its model."""
-
-    worker: RolloutWorker
-    model: str
-
-    def sample(self, wanted: list[SampleRequest]) -> list[Rollout]:
-        return asyncio.run(self.worker.sample(wanted))
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    model = make_model(tmp_path_factory.mktemp("model"), tied=request.param)
-    os.environ.update(engine_environment(CONFIG, model))
-    worker = RolloutWorker(model, CONFIG, MAX_MODEL_LEN)
-    asyncio.run(worker.start())
-    yield Served(worker, model)
-    asyncio.run(worker.close())
+    with serving(tmp_path_factory.mktemp("model"), tied=request.param) as started:
+        yield started
 
 
 @pytest.fixture(autouse=True)
