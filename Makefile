@@ -40,7 +40,7 @@ gpu:
 
 # Needs uv (pip install uv). Keeps the versions that still fit; delete a lock's lines to renew them. uv does not
 # read pip's settings: name PyTorch's CPU wheel index in UV_INDEX, or a folder with that wheel in UV_FIND_LINKS.
-UV_COMPILE := uv pip compile pyproject.toml --quiet --extra dev --python-version 3.11 \
+UV_COMPILE := uv pip compile pyproject.toml --quiet --extra dev --extra qlora --python-version 3.11 \
 	--python-platform x86_64-manylinux_2_28 --no-annotate \
 	--custom-compile-command 'make lock   (what is left out of the CPU lock, and why: [tool.uv] in pyproject.toml)'
 

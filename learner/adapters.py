@@ -7,7 +7,7 @@ Refuses to know what trains them and who reads merged weights. The only file tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,8 +30,19 @@ NAME_PREFIX = "base_model.model."  # of every weight in such a file
 class LowRankAdapters:
     """Those of one model; the base is frozen, and they are of float32 whatever its dtype is."""
 
-    def __init__(self, model: PreTrainedModel, config: LoraConfig, *, name: str) -> None:
-        """`name` is the model's, for messages; peft draws A from torch's generator."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: LoraConfig,
+        *,
+        name: str,
+        whole: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """`name` is the model's, for messages; peft draws A from torch's generator.
+
+        `whole` gives the weight that a layer multiplies by from the one that it holds; None: the
+        two are the same.
+        """
         refuse_unknown_modules(model, config, name)
         is_all = config.target_modules == "all-linear"
         settings = peft.LoraConfig(
@@ -44,6 +55,7 @@ class LowRankAdapters:
         )
         peft.inject_adapter_in_model(settings, model, ADAPTER)  # resolves all-linear to names
         self._settings = settings
+        self._whole = whole
         self._layers: dict[str, LoraLayer] = {
             f"{path}.weight": module
             for path, module in model.named_modules()
@@ -82,7 +94,8 @@ class LowRankAdapters:
 
     @torch.no_grad()
     def merged(self, name: str, weight: Tensor) -> Tensor:
-        """W + alpha / rank * B A in float32; a weight that has no adapter as it is."""
+        """W + alpha / rank * B A in float32; a weight that has no adapter as it is, but whole."""
+        weight = weight if self._whole is None else self._whole(weight)
         if name not in self._layers:
             return weight
         added: Tensor = self._layers[name].get_delta_weight(ADAPTER)

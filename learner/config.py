@@ -29,6 +29,11 @@ class LoraConfig(Schema):
         description="what the rollout workers get; merged: all weights with the adapters added; "
         "adapter: A and B alone, which they apply beside the model's own weights",
     )
+    quantization: Literal["nf4"] | None = Field(
+        None,
+        description="how the learner holds the linear layers of the base; nf4: in 4 bits (QLoRA), "
+        "with the package bitsandbytes; null: in learner.dtype",
+    )
 
     @property
     def shape(self) -> AdapterShape:
@@ -51,6 +56,17 @@ class LoraConfig(Schema):
         if not value:
             raise ValueError("found no name, so nothing would be trained; expected all-linear")
         return value
+
+    @model_validator(mode="after")
+    def _workers_have_the_base_of_the_learner(self) -> Self:
+        if self.quantization is not None and self.publish == "adapter":
+            raise ValueError(
+                f"quantization is {self.quantization} and publish adapter: the rollout workers "
+                "would apply the adapters to the base as it was before it was rounded, another "
+                "policy than the one that is trained; set publish: merged, or leave quantization "
+                "out"
+            )
+        return self
 
 
 class LearnerConfig(Schema):
@@ -129,6 +145,11 @@ class LearnerConfig(Schema):
     def published_adapters(self) -> AdapterShape | None:
         """What the rollout workers make room for; None: they get all weights."""
         return self.lora.shape if self.lora is not None and self.lora.publish == "adapter" else None
+
+    @property
+    def rounds_base(self) -> bool:
+        """Whether the policy is another than the one in the model's files before any step."""
+        return self.lora is not None and self.lora.quantization is not None
 
     @property
     def row_ranks(self) -> int:

@@ -7,6 +7,7 @@ the same arguments on every rank, because all ranks work together in each.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,7 +37,7 @@ from learner.torch_backend import TorchBackend
 from learner.update import Trainee, log_probs_of, run_step
 from learner.weight_images import WeightImages, adapter_images, model_images
 from learner.weight_sender import WeightSender
-from learner.weights import as_saved, export, to_cpu
+from learner.weights import as_saved, copy_weights, export, named_weights, to_cpu
 
 EXPORT_FOLDER = "huggingface"
 ADAPTER_FOLDER = "adapter"
@@ -226,6 +227,10 @@ class LearnerRank:
         self, initial: Policy | None, policy: Policy, backend: Backend
     ) -> Reference | WithoutAdapters | None:
         if initial is not None:
+            if self._config.rounds_base:
+                room = named_weights(initial.model)
+                for part in backend.whole_weights():
+                    copy_weights(part, room)
             is_moving = self._objective.reference_update is not None
             reference = Reference(
                 initial,
@@ -307,7 +312,15 @@ def make_backend(policy: Policy, config: LearnerConfig) -> Backend:
 
 def attached(model: PreTrainedModel, config: LoraConfig, *, name: str) -> Adapters:
     """Low-rank adapters in a model; they alone are trainable from then on."""
+    # It warns of a kernel for inference that is not used here; peft imports it where it is there.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Imported here: peft takes seconds, and whoever trains all weights need not have it.
     from learner.adapters import LowRankAdapters
 
-    return LowRankAdapters(model, config, name=name)
+    if config.quantization is None:
+        return LowRankAdapters(model, config, name=name)
+    # Imported here: an extra, which whoever trains beside a whole base need not have.
+    from learner.quantized_base import dequantized, quantize
+
+    quantize(model)
+    return LowRankAdapters(model, config, name=name, whole=dequantized)

@@ -95,6 +95,12 @@ def _versions(recipe: Recipe, local: bool) -> str:
         needed["vllm"] = "rollout.engine: vllm (or set it to transformers)"
     if recipe.learner.backend == "deepspeed":
         needed["deepspeed"] = "learner.backend: deepspeed (or set it to torch)"
+    lora = recipe.learner.lora
+    if lora is not None and lora.quantization is not None:
+        needed["bitsandbytes"] = (
+            f"learner.lora.quantization: {lora.quantization} "
+            "(pip install bitsandbytes, or leave quantization out)"
+        )
     if "wandb" in recipe.trackers:
         needed["wandb"] = "trackers: [wandb]"
     if not local:
@@ -149,7 +155,8 @@ def _adapters(recipe: Recipe) -> str | None:
     except (OSError, ValueError) as error:  # found under `model`, too
         raise UserError(f"the layers of {recipe.model} cannot be told: {error}") from error
     published = {"merged": "merged into all weights", "adapter": "by themselves"}[lora.publish]
-    return f"rank {lora.rank} beside {len(layers)} layers, published {published}"
+    base = "" if lora.quantization is None else f", base held in {lora.quantization}"
+    return f"rank {lora.rank} beside {len(layers)} layers, published {published}{base}"
 
 
 def _rounded(recipe: Recipe) -> str | None:

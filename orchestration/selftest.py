@@ -103,6 +103,8 @@ async def selftest(
     first: list[Rollout] = []
     before: list[list[float]] = []
     rows: list[TrainRow] = []
+    if recipe.learner.rounds_base:  # else the engine has read what the learner begins with
+        await sync_weights(learner, engine, 0)
     first_at_rest = 1 if recipe.learner.lora is None else 2
     for step in range(1, steps + 1):
         groups = await asyncio.gather(*[engine.sample(group) for group in requests])
@@ -163,7 +165,7 @@ def _moved_gap(
     start = steps[0].gap.mean
     if not start <= limit:
         return [
-            f"engine and learner differ before any sync: by {start:.1e} on average, and "
+            f"engine and learner differ before any step: by {start:.1e} on average, and "
             f"alarms.log_prob_gap allows {limit:g}. They compute another policy from the same "
             "files (dtype, attention, rope or temperature)"
         ]

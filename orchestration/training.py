@@ -67,6 +67,8 @@ class Training:
 
     async def run(self) -> bool:
         """Train; True if the schedule is complete, False if a stop was requested before."""
+        if self._start is None and self._recipe.learner.rounds_base:
+            await self._sync()
         await self._held_out.before()
         is_again = False
         while True:
@@ -142,10 +144,15 @@ class Training:
             self._records.turn_back(state)
         progress = replace(self._records.progress, stage_rows=rows.rows)
         self._records.progress = progress
+        await self._sync()
+
+    async def _sync(self) -> None:
+        """Give the engines the policy that the learner begins with."""
+        version = self._records.progress.version
         await self._waits.within(
             self._recipe.alarms.stall_s,
-            f"weight sync: version {progress.version}",
-            sync_weights(self._roles.learner, self._roles.engine, progress.version),
+            f"weight sync: version {version}",
+            sync_weights(self._roles.learner, self._roles.engine, version),
         )
 
     async def _train(self) -> bool:

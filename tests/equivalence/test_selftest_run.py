@@ -179,4 +179,4 @@ def test_an_engine_that_starts_with_other_weights_is_found_before_any_sync(tmp_p
             return await report_of(recipe, roles, roles.learner)
 
     (reason,) = asyncio.run(run()).moved
-    assert reason.startswith("engine and learner differ before any sync")
+    assert reason.startswith("engine and learner differ before any step")

@@ -94,6 +94,10 @@ def test_peft_is_imported_by_one_file() -> None:
     assert importers("peft") == ["learner/adapters.py"]
 
 
+def test_bitsandbytes_is_imported_by_one_file() -> None:
+    assert importers("bitsandbytes") == ["learner/quantized_base.py"]
+
+
 def test_reading_a_config_loads_no_torch_ray_vllm_or_deepspeed() -> None:
     heavy = {"torch", "ray", "vllm", "deepspeed", "transformers"}
     assert loaded_by("import grpo.config, orchestration.config", heavy) == set()
