@@ -38,16 +38,26 @@ def connect(recipe: Recipe) -> bool:
         _init(address=address)
     else:
         cpus, _ = total(recipe)
-        _init(
-            address="local",  # without it Ray joins what `ray start` has left on this machine
-            num_cpus=max(LOGICAL_CPUS * (os.cpu_count() or 1), ceil(cpus)),
-            include_dashboard=False,
-        )
+        _start_here(max(LOGICAL_CPUS * (os.cpu_count() or 1), ceil(cpus)))
     problem = shortage(recipe, ray.cluster_resources())
     if problem:
         ray.shutdown()
         raise UserError(problem)
     return not address
+
+
+def _start_here(num_cpus: int) -> None:
+    """Ray gives its own processes half a minute, which a busy machine may need twice."""
+    for is_last in (False, True):
+        try:
+            # "local": without it Ray joins what `ray start` has left on this machine.
+            _init(address="local", num_cpus=num_cpus, include_dashboard=False)
+        except Fatal:
+            if is_last:
+                raise
+            ray.shutdown()
+        else:
+            return
 
 
 def _init(**where: Any) -> None:
