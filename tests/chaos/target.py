@@ -28,6 +28,7 @@ import psutil
 
 from orchestration import cli, training_step
 from orchestration.buffer import GroupBuffer
+from orchestration.checkpoint import whole_steps
 from orchestration.journal import RunJournal
 from orchestration.waits import Waits
 from tests.chaos.plan import Kill, Phase, Role, decoded
@@ -61,9 +62,9 @@ class Shots:
         """These know where the processes are."""
         self._waits = waits
 
-    def trained(self, step: int) -> None:
-        """A step was done."""
-        self._step, self._is_armed = step, True
+    def trained(self, step: int, *, is_saved: bool) -> None:
+        """A step was done; the first kill alone may come before there is a checkpoint."""
+        self._step, self._is_armed = step, is_saved or self._next == 0
 
     @contextmanager
     def during(self, phase: Phase, owner: str = "") -> Iterator[None]:
@@ -201,7 +202,7 @@ def hook(shots: Shots, *, heals_between: bool) -> None:
 
     def noted(self: RunJournal, step: Any) -> None:
         trained(self, step)
-        shots.trained(step.step)
+        shots.trained(step.step, is_saved=bool(whole_steps(self._run.path)))
 
     patches: list[tuple[Any, str, Callable[..., Any]]] = [
         (Waits, "_opened", watched),
