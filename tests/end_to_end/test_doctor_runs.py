@@ -25,16 +25,15 @@ def test_a_killed_run_is_told_and_after_its_resume_the_ledger_holds(tmp_path: Pa
     run = train(
         tmp_path,
         "--local",
-        steps=6,
+        steps=10_000,  # it must not end while the doctor looks at it
         max_staleness=1,
         checkpoint__every=2,
         data__evaluation=None,
     )
-    lines_until(run, "step 3/6")
+    lines_until(run, "step 3/10000")
     left = only_run(tmp_path / "runs").path
     status, answer = doctor(left)
-    if run.poll() is None:
-        run.kill()
+    run.kill()
     finished(run)
     assert status == 0, answer
     assert ": running, step " in answer
@@ -44,13 +43,14 @@ def test_a_killed_run_is_told_and_after_its_resume_the_ledger_holds(tmp_path: Pa
     assert ": crashed, step " in answer
     assert "continues from step " in answer
     assert "none lost, none twice, in the planned order" in answer
-    resumed = covey("train", "--resume", str(left), "--local")
+    steps = int(answer.partition("continues from step ")[2].split()[0]) + 2
+    resumed = covey("train", "--resume", str(left), "--local", "--set", f"steps={steps}")
     output = finished(resumed)
     assert resumed.returncode == 0, output
     status, answer = doctor(left)
     assert status == 0, answer
-    assert ": finished, step 6 of 6" in answer
-    assert "ledger: 48 groups trained on" in answer
+    assert f": finished, step {steps} of {steps}" in answer
+    assert f"ledger: {8 * steps} groups trained on" in answer
     assert "none lost, none twice, in the planned order" in answer
 
 
@@ -77,14 +77,14 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_steps_it
 def test_a_learner_rank_that_hangs_is_named_by_the_run_and_by_the_doctor(tmp_path: Path) -> None:
     run = train(
         tmp_path,
-        steps=500,
+        steps=10_000,
         rollout__engine="transformers",
         learner__backend="torch",
         data__evaluation=None,
         alarms__worker_s=20,  # generous for a machine with other load
         alarms__stall_s=25,
     )
-    lines_until(run, "step 2/500")
+    lines_until(run, "step 50/10000")  # longer than waits.json lags behind
     left = only_run(tmp_path / "runs").path
     waits = read_waits(left)
     assert waits is not None
@@ -103,7 +103,7 @@ def test_a_learner_rank_that_hangs_is_named_by_the_run_and_by_the_doctor(tmp_pat
 def test_a_rollout_worker_and_a_scorer_that_hang_are_named_and_replaced(tmp_path: Path) -> None:
     run = train(
         tmp_path,
-        steps=500,
+        steps=10_000,
         rollout__engine="transformers",
         rollout__cpus_per_worker=1,
         rollout__workers=2,
@@ -111,7 +111,7 @@ def test_a_rollout_worker_and_a_scorer_that_hang_are_named_and_replaced(tmp_path
         data__evaluation=None,
         alarms__worker_s=20,
     )
-    lines_until(run, "step 2/500")
+    lines_until(run, "step 50/10000")  # longer than waits.json lags behind
     left = only_run(tmp_path / "runs").path
     for worker in ("rollout worker 1", "scorer answer 0"):
         waits = read_waits(left)

@@ -41,7 +41,12 @@ def groups() -> list[Group]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     root = str(Path(__file__).parents[2])
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
+    ray.init(
+        address="local",  # not one that another test has left or a user has started
+        num_cpus=2,
+        include_dashboard=False,
+        runtime_env={"env_vars": {"PYTHONPATH": root}},
+    )
     yield
     ray.shutdown()
 
