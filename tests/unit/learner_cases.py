@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from grpo.objective import Objective
@@ -147,3 +148,18 @@ def merged_weights(
         if a is not None and b is not None:
             merged[name] = base[name] + scale * b @ a
     return merged
+
+
+def published(learner: LearnerRank) -> dict[str, torch.Tensor]:
+    """What a sync of the learner carries."""
+    bundle = learner.publish(0)
+    assert bundle is not None
+    return load(bundle.payload.tobytes())
+
+
+def trained(model: str, config: LearnerConfig, *, steps: int = 2) -> LearnerRank:
+    """A learner after some steps on random rows."""
+    learner = rank_of(model, config)
+    for step in range(steps):
+        learner.train(batch_of(random_rows(8, seed=step), step=step))
+    return learner

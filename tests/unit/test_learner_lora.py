@@ -18,7 +18,6 @@ from grpo.errors import UserError
 from grpo.types import AdapterShape, TrainRow
 from learner.config import LearnerConfig, LoraConfig
 from learner.packing import blocks
-from learner.rank import LearnerRank
 from learner.reference import WithoutAdapters
 from orchestration.check import Finding, checked
 from orchestration.recipe import Recipe
@@ -28,10 +27,12 @@ from tests.unit.learner_cases import (
     GRPO,
     batch_of,
     merged_weights,
+    published,
     random_rows,
     rank_of,
     save,
     torch_config,
+    trained,
     write_model,
 )
 from tests.unit.learner_objectives import WHOLE_GROUPS
@@ -48,19 +49,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def lora_config(**settings: object) -> LearnerConfig:
     return torch_config(**({"lora": LORA} | settings))
-
-
-def published(learner: LearnerRank) -> dict[str, torch.Tensor]:
-    bundle = learner.publish(0)
-    assert bundle is not None
-    return load(bundle.payload.tobytes())
-
-
-def trained(model: str, config: LearnerConfig, *, steps: int = 2) -> LearnerRank:
-    learner = rank_of(model, config)
-    for step in range(steps):
-        learner.train(batch_of(random_rows(8, seed=step), step=step))
-    return learner
 
 
 @pytest.mark.parametrize("tied", [True, False])

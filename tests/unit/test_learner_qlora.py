@@ -11,23 +11,24 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Params4bit
 from pydantic import ValidationError
-from safetensors.torch import load, load_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grpo.types import TrainRow
 from learner.config import LearnerConfig, LoraConfig
 from learner.packing import blocks
-from learner.rank import LearnerRank
 from learner.reference import WithoutAdapters
 from orchestration.check import checked
 from orchestration.recipe import Recipe
 from tests.unit.learner_cases import (
     batch_of,
     merged_weights,
+    published,
     random_rows,
     rank_of,
     save,
     torch_config,
+    trained,
     write_model,
 )
 from tests.unit.learner_objectives import WHOLE_GROUPS
@@ -39,19 +40,6 @@ TEMPERATURE = 0.8  # of rank_of
 
 def qlora_config(**changed: object) -> LearnerConfig:
     return torch_config(**({"lora": LORA} | changed))
-
-
-def published(learner: LearnerRank) -> dict[str, torch.Tensor]:
-    bundle = learner.publish(0)
-    assert bundle is not None
-    return load(bundle.payload.tobytes())
-
-
-def trained(model: str, config: LearnerConfig, *, steps: int = 2) -> LearnerRank:
-    learner = rank_of(model, config)
-    for step in range(steps):
-        learner.train(batch_of(random_rows(8, seed=step), step=step))
-    return learner
 
 
 def rounded(model: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
