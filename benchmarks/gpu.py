@@ -13,6 +13,8 @@ what is left is skipped: the whole stays below 8 minutes.
     offline   vLLM's own LLM.generate, same prompts, same number of tokens
     sync      publish and load of all weights, learner and engine in one process, through an image
               in host memory; then log-probs of engine and learner compared on fresh tokens
+    ipc       the same weights from a learner in a process of its own on the same device, as with
+              `rollout.weight_transport: ipc`
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import multiprocessing
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from statistics import median
 
 import numpy as np
@@ -20,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.learner_step import long_tailed_rows
 from grpo.types import Int32, SampleRequest, Sampling, TrainBatch
+from grpo.weight_stream import WeightGroup, WeightStream
 from learner.config import LearnerConfig
 from learner.inputs import stream
 from learner.packing import Block, blocks
@@ -228,14 +231,53 @@ def _sync(size: str, folder: str, device: str) -> str:
     return asyncio.run(measured())
 
 
+def _direct_sync(size: str, folder: str, device: str) -> str:
+    pipe, end = multiprocessing.Pipe()
+    learner = multiprocessing.get_context("spawn").Process(
+        target=_publish_on_request, args=(folder, device, end), daemon=True
+    )
+    learner.start()
+    group = pipe.recv()  # before vLLM measures what is free
+
+    async def measured() -> list[float]:
+        worker = await _started(size, folder, device)
+        seconds = []
+        for version in range(1, TURNS + 3):
+            pipe.send(version)
+            began = time.perf_counter()
+            await worker.receive_weights(WeightStream(group=group, first_rank=1, version=version))
+            seconds.append(time.perf_counter() - began)
+            num_bytes.append(pipe.recv())
+        pipe.send(None)
+        await worker.close()
+        return seconds[2:]
+
+    num_bytes: list[int] = []
+    seconds = asyncio.run(measured())
+    learner.join()
+    return f"{median(seconds):.3f} s for {num_bytes[-1] / 1e6:.1f} MB from the device's own memory"
+
+
+def _publish_on_request(folder: str, device: str, pipe: Connection) -> None:
+    """The learner's process: tells its group, then sends every version that it is asked for."""
+    learner, host = _learner(folder, device), "127.0.0.1"
+    group = WeightGroup(host=host, port=learner.open_group(host), size=2, is_local=True)
+    pipe.send(group)
+    while (version := pipe.recv()) is not None:
+        bundle = learner.publish(version, group)
+        assert bundle is not None
+        pipe.send(bundle.payload.nbytes)
+
+
 SECTIONS: Mapping[str, Callable[[str, str, str], str]] = {
     "model": _model,  # first: the others load it
     "learner": _learner_against_bare,
     "rollout": _rollouts,
     "offline": _offline,
     "sync": _sync,
+    "ipc": _direct_sync,
 }
-NEED_VLLM = ("rollout", "offline", "sync")
+NEED_VLLM = ("rollout", "offline", "sync", "ipc")
 
 
 async def _started(size: str, folder: str, device: str) -> RolloutWorker:
@@ -248,7 +290,7 @@ def rollout_config(device: str) -> RolloutConfig:
     return RolloutConfig(
         dtype="bfloat16",
         gpus_per_worker=0 if device == "cpu" else 1,
-        gpu_memory_utilization=0.4,  # the learner lies on the same device in `sync`
+        gpu_memory_utilization=0.4,  # the learner lies on the same device in `sync` and `ipc`
         kv_cache_gib=0.1,
     )
 
@@ -319,5 +361,5 @@ def _settle(device: str) -> None:
 
 def device_name(device: str) -> str:
     if device == "cuda":
-        return torch.cuda.getdevice_name()
+        return torch.cuda.get_device_name()
     return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"

@@ -134,7 +134,9 @@ class LearnerConfig(Schema):
         "flash-attn, on GPUs in bfloat16; eager: written out, for models that need it",
     )
     cpus_per_rank: int = Field(1, ge=1)
-    gpus_per_rank: Literal[0, 1] = Field(0, description="0: train on CPU")
+    gpus_per_rank: float = Field(
+        0, ge=0, le=1, description="0: train on CPU; 0.6: a GPU, and others share it"
+    )
 
     @property
     def rollout_dtype(self) -> DType:
@@ -166,13 +168,23 @@ class LearnerConfig(Schema):
         return self
 
     @model_validator(mode="after")
+    def _every_rank_has_its_gpu(self) -> Self:
+        if self.ranks > 1 and 0 < self.gpus_per_rank <= 0.5:
+            raise ValueError(
+                f"gpus_per_rank is {self.gpus_per_rank:g} with {self.ranks} ranks: two would lie "
+                "on one GPU, where NCCL does not let them talk; set gpus_per_rank above 0.5, such "
+                "as 0.6, which leaves 0.4 to a rollout worker"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _flash_attention_has_its_device(self) -> Self:
         if self.attn_implementation == "flash_attention_2" and not (
             self.gpus_per_rank and self.dtype == "bfloat16"
         ):
             raise ValueError(
                 f"attn_implementation is flash_attention_2, but gpus_per_rank is "
-                f"{self.gpus_per_rank} and dtype {self.dtype}: it needs a GPU and bfloat16; set "
+                f"{self.gpus_per_rank:g} and dtype {self.dtype}: it needs a GPU and bfloat16; set "
                 "them, or attn_implementation: sdpa"
             )
         return self

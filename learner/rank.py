@@ -35,7 +35,13 @@ from learner.schedule import learning_rate_at
 from learner.snapshot import Snapshot, saved_numbers, saved_pieces, saved_reference
 from learner.torch_backend import TorchBackend
 from learner.update import Trainee, log_probs_of, run_step
-from learner.weight_images import WeightImages, adapter_images, model_images
+from learner.weight_images import (
+    WeightImages,
+    adapter_images,
+    is_saved_as_named,
+    model_images,
+    pass_on,
+)
 from learner.weight_sender import WeightSender
 from learner.weights import as_saved, copy_weights, export, named_weights, to_cpu
 
@@ -96,6 +102,7 @@ class LearnerRank:
         refuse_unshareable(policy.model, self._config.sequence_parallel)
         self._pretrained = policy.model
         published = self._config.published_adapters
+        self._is_saved_as_named = is_saved_as_named(policy.model)
         if self._rank == 0 and published is None:
             self._images = model_images(policy.model, self._dtype)
         initial = copy.deepcopy(policy) if self._copies_initial else None
@@ -157,22 +164,26 @@ class LearnerRank:
         return [found[place] for place in range(len(rows))]
 
     def open_group(self, host: str) -> int:
-        """The port of this node where rollout workers can meet rank 0, to be sent weights."""
+        """The port of this node where rollout workers can meet this rank, to be sent weights."""
         return self._sender.open(host)
 
     def publish(self, version: int, group: WeightGroup | None = None) -> WeightBundle | None:
         """The current weights, or adapters, on rank 0; None on the others.
 
-        `group` gets all weights as they are gathered; the bundle is complete in any case.
+        `group` gets all weights of this rank as they are gathered, whatever becomes of the bundle.
         """
         backend = self._trainee.backend
         if self._config.published_adapters is None:
             parts = backend.whole_weights()
         else:
             parts = backend.whole_adapters()
+        sender = None if group is None else self._sender.begun(group, version)
         if self._images is not None:
-            sender = None if group is None else self._sender.begun(group, version)
             return self._images.bundle(parts, version=version, sender=sender)
+        if sender is not None:
+            saved = None if self._is_saved_as_named else partial(as_saved, self._pretrained)
+            pass_on(parts, sender, as_saved=saved)
+            return None
         for _ in parts:  # takes part in gathering them
             pass
         return None

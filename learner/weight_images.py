@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from grpo.types import AdapterShape, WeightBundle
 from grpo.weight_image import image_header, tensors_in
 from learner.weight_sender import WeightSender
-from learner.weights import as_saved, copy_weights, empty_weights
+from learner.weights import as_saved, copy_weights, empty_weights, named_weights, to_cpu
 
 Weights = dict[str, Tensor]
 
@@ -27,6 +27,30 @@ Weights = dict[str, Tensor]
 def model_images(model: PreTrainedModel, dtype: torch.dtype) -> WeightImages:
     """Of all weights of a model, which must still be whole."""
     return WeightImages(empty_weights(model, dtype), as_saved=partial(as_saved, model))
+
+
+def is_saved_as_named(model: PreTrainedModel) -> bool:
+    """Whether transformers saves every weight of a model, still whole, as the model has it."""
+    weights = {n: torch.empty_like(w, device="meta") for n, w in named_weights(model).items()}
+    return _are_same(as_saved(model, weights), weights)
+
+
+def pass_on(
+    parts: Iterable[Mapping[str, Tensor]],
+    sender: WeightSender,
+    *,
+    as_saved: Callable[[Weights], Weights] | None,
+) -> None:
+    """Send all weights where no image is made. `as_saved`: what the image holds; None: the same."""
+    gathered: Weights = {}
+    for part in parts:
+        if as_saved is None:
+            sender.add(part)
+        else:
+            gathered |= {name: to_cpu(weight, weight.dtype) for name, weight in part.items()}
+    if as_saved is not None:
+        sender.add(as_saved(gathered))
+    sender.end()
 
 
 def adapter_images(weights: Mapping[str, Tensor], shape: AdapterShape) -> WeightImages:
@@ -55,10 +79,7 @@ class WeightImages:
         saved = as_saved(weights)
         self._header, self._num_bytes = image_header(saved)
         # Where transformers saves other tensors than the model has, these are gathered first.
-        is_direct = saved.keys() == weights.keys() and all(
-            saved[name] is weight for name, weight in weights.items()
-        )
-        self._gathered = None if is_direct else weights
+        self._gathered = None if _are_same(saved, weights) else weights
         self._images: list[_Image] = []
 
     def bundle(
@@ -93,6 +114,12 @@ class WeightImages:
             checksum=xxhash.xxh3_64_intdigest(payload),
             adapters=self._adapters,
         )
+
+
+def _are_same(saved: Weights, weights: Weights) -> bool:
+    return saved.keys() == weights.keys() and all(
+        saved[name] is weight for name, weight in weights.items()
+    )
 
 
 class _Image:

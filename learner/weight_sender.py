@@ -1,4 +1,4 @@
-"""The learner's end of a weight stream: packs weights into buckets and broadcasts them.
+"""The learner's end of a weight stream: packs weights into buckets and hands them over.
 
 Gathering weights from the other ranks goes on whatever happens to the rollout workers: a failure
 ends the stream, never the learner. Refuses to know the ranks and who decides on a stream.
@@ -22,6 +22,7 @@ from grpo.weight_stream import (
     WeightGroup,
     bucket_key,
     bucket_sum,
+    joined,
     opened_store,
     room,
 )
@@ -30,7 +31,7 @@ BUCKET_BYTES = 2**28  # one weight at least; the memory that a stream takes at b
 
 
 class WeightSender:
-    """Rank 0 of a group of its own, which is left and opened anew after a failure."""
+    """The first of a group of its own, which is left and opened anew after a failure."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         """`dtype`: of the floating-point weights that the rollout workers get."""
@@ -96,7 +97,7 @@ class WeightSender:
 
     def _join(self, group: WeightGroup) -> None:
         if self._member is None:
-            self._member = Membership(self._opened, group, rank=SENDER, device=self._device)
+            self._member = joined(self._opened, group, rank=SENDER, device=self._device)
 
     @torch.no_grad()
     def _pack(self, name: str, weight: Tensor) -> None:

@@ -121,6 +121,16 @@ async def located(actor: ActorHandle[Any], owner: str | None = None) -> None:
     note_whereabouts(await answer(actor.__ray_call__.remote(_whereabouts)), owner)
 
 
+async def device_of(actor: ActorHandle[Any]) -> str:
+    """The GPU that an actor was given, or its node: actors of one device can share memory there."""
+    return str(await answer(actor.__ray_call__.remote(_device)))
+
+
+def _device(actor: object) -> str:
+    context = ray.get_runtime_context()
+    return " ".join([context.get_node_id(), *context.get_accelerator_ids().get("GPU", [])])
+
+
 def in_short(told: str) -> str:
     """What Ray tells of a failure: the cause first, then its own words without general advice."""
     lines = [line.strip() for line in told.splitlines() if line.strip()]

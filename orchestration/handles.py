@@ -20,7 +20,7 @@ from ray.actor import ActorHandle
 from grpo.engines import RolloutEngine
 from grpo.types import Group, LoadReport, Rollout, SampleRequest, Score, Span, WeightRef
 from grpo.weight_stream import WeightStream
-from orchestration.cluster import answer, located
+from orchestration.cluster import answer, device_of, located
 from orchestration.config import Recipe
 from orchestration.scorer_pool import ScorerWorker
 from reward_services.config import ScorerConfig
@@ -75,6 +75,9 @@ class RayRolloutWorker:
         result: LoadReport = await answer(self.actor.load_weights.remote(ref.location))
         self.has_loaded = True
         return result
+
+    async def device(self) -> str:
+        return await device_of(self.actor)
 
     async def receive_weights(self, stream: WeightStream) -> None:
         timings_s = await answer(self.actor.receive_weights.remote(stream))

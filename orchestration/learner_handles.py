@@ -28,7 +28,7 @@ from grpo.types import (
 )
 from grpo.weight_stream import WeightGroup
 from learner.rank import LearnerRank
-from orchestration.cluster import answer, located
+from orchestration.cluster import answer, device_of, located
 from orchestration.config import Recipe
 from orchestration.waits import waiting_for
 from orchestration.weight_broadcast import WeightBroadcast
@@ -163,9 +163,9 @@ class RayLearner:
         return result
 
     async def publish(self, version: int) -> WeightRef:
-        group = None if self._broadcast is None else await self._broadcast.group(self._meet)
-        parts = [rank.publish.remote(version, group) for rank in self._ranks]
-        async with self._broadcasting(group, version):
+        groups = await self._groups()
+        parts = [rank.publish.remote(version, groups.get(i)) for i, rank in enumerate(self._ranks)]
+        async with self._broadcasting(version):
             described = await self._all([description for description, _ in parts])
         num_bytes, checksum = described[0]
         return WeightRef(
@@ -186,29 +186,42 @@ class RayLearner:
         for rank in self._ranks:
             ray.kill(rank)
 
-    async def _meet(self) -> tuple[str, int]:
-        (place,) = await self._all([self._ranks[0].open_group.remote()])
+    async def devices(self) -> list[str]:
+        """Of each rank: whoever has the same one can open its memory there."""
+        return await self._all([device_of(rank) for rank in self._ranks])
+
+    async def meet(self, rank: int) -> tuple[str, int]:
+        """Host and port where a new group can meet this rank."""
+        (place,) = await self._all([self._ranks[rank].open_group.remote()], first=rank)
         host, port = place
         return host, port
 
+    async def _groups(self) -> dict[int, WeightGroup]:
+        """Whom each rank sends the next version; absent: nobody."""
+        if self._broadcast is None:
+            return {}
+        circles = await self._broadcast.circles(self)
+        return {circle.rank: circle.group for circle in circles}
+
     @asynccontextmanager
-    async def _broadcasting(self, group: WeightGroup | None, version: int) -> AsyncIterator[None]:
-        """The group receives what the ranks send in this block; it ends when both are done."""
-        if self._broadcast is None or group is None:
+    async def _broadcasting(self, version: int) -> AsyncIterator[None]:
+        """Workers receive what the ranks send in this block; it ends when both are done."""
+        if self._broadcast is None:
             yield
             return
         what = f"rollout workers: receiving version {version}"
-        receiving = asyncio.create_task(waiting_for(what, self._broadcast.received(group, version)))
+        receiving = asyncio.create_task(waiting_for(what, self._broadcast.received(version)))
         try:
             yield
             await receiving
         finally:
             receiving.cancel()
 
-    async def _all(self, calls: Sequence[Any]) -> list[Any]:
-        """Every rank's result; the first failure ends the wait for the others."""
+    async def _all(self, calls: Sequence[Any], first: int = 0) -> list[Any]:
+        """The results of all ranks from `first` on; a failure ends the wait for the others."""
         tasks = [
-            asyncio.create_task(waiting_for(_rank(i), answer(call))) for i, call in enumerate(calls)
+            asyncio.create_task(waiting_for(_rank(i), answer(call)))
+            for i, call in enumerate(calls, first)
         ]
         try:
             return list(await asyncio.gather(*tasks))
@@ -218,7 +231,7 @@ class RayLearner:
                 raise
             rank, reason = lost
             told = StateLost(f"the learner is lost: {reason}")
-            told.owner = _rank(rank)
+            told.owner = _rank(first + rank)
             raise told from error
         finally:
             for task in tasks:

@@ -215,9 +215,14 @@ class Recipe(Schema):
         )
 
     @property
-    def broadcasts_weights(self) -> bool:
+    def shares_gpus(self) -> bool:
+        """Whether learner ranks and rollout workers may lie on the same GPUs."""
+        return self.rollout.has_part_of_gpu and 0 < self.learner.gpus_per_rank < 1
+
+    @property
+    def sends_weights(self) -> bool:
         """Adapters that are published alone are few bytes: they go through the object store."""
-        is_chosen = self.rollout.weight_transport == "broadcast"
+        is_chosen = self.rollout.weight_transport != "object_store"
         return is_chosen and self.learner.published_adapters is None
 
     @property

@@ -120,15 +120,30 @@ def _algorithm_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _transport_problems(recipe: Recipe) -> Iterator[str]:
-    """A broadcast is between devices of one kind."""
-    rollout, learner = recipe.rollout, recipe.learner
-    is_on_gpus = rollout.gpus_per_worker > 0
-    if rollout.weight_transport == "broadcast" and is_on_gpus != (learner.gpus_per_rank > 0):
+    """Weights that do not pass through the object store stay on one kind of device."""
+    rollout, learner, chosen = recipe.rollout, recipe.learner, recipe.rollout.weight_transport
+    found = (
+        f"rollout.weight_transport is {chosen}, rollout.gpus_per_worker "
+        f"{rollout.gpus_per_worker:g} and learner.gpus_per_rank {learner.gpus_per_rank:g}: "
+    )
+    if chosen == "object_store" or rollout.gpus_per_worker == learner.gpus_per_rank == 0:
+        return
+    if chosen == "broadcast" and not (rollout.gpus_per_worker and learner.gpus_per_rank):
         yield (
-            f"rollout.weight_transport is broadcast, but rollout.gpus_per_worker is "
-            f"{rollout.gpus_per_worker} and learner.gpus_per_rank {learner.gpus_per_rank}: it goes "
-            "from GPU to GPU or from CPU to CPU; set weight_transport: object_store, or give GPUs "
-            "to both"
+            f"{found}it goes from GPU to GPU or from CPU to CPU; set weight_transport: "
+            "object_store, or give GPUs to both"
+        )
+    elif chosen == "broadcast" and (rollout.has_part_of_gpu or learner.gpus_per_rank < 1):
+        yield (
+            f"{found}NCCL lets no two processes on one GPU talk; set weight_transport: ipc, or "
+            "give whole GPUs to both"
+        )
+    elif chosen == "ipc" and not (
+        recipe.shares_gpus and rollout.gpus_per_worker + learner.gpus_per_rank <= 1
+    ):
+        yield (
+            f"{found}it is for a worker and a learner rank on the same GPU; set parts that fit on "
+            "one, such as 0.4 and 0.6, or weight_transport: broadcast"
         )
 
 

@@ -122,12 +122,16 @@ async def started_parts(recipe: Recipe, make: Parts, *, waits: Waits) -> AsyncIt
         engine, scorers = _pools(recipe, make, tasks, waits)
         try:
             async with asyncio.TaskGroup() as starting:
+                learner = starting.create_task(
+                    waits.within(START_DEADLINE_S, "learner: starting", make.start_learner())
+                )
+                if recipe.shares_gpus:
+                    # A rank fits on no GPU that two workers have taken, and vLLM measures what
+                    # others leave it.
+                    await learner
                 starting.create_task(engine.pool.start(recipe.rollout.workers))
                 for config in recipe.scorers:
                     starting.create_task(scorers[config.name].pool.start(config.actors))
-                starting.create_task(
-                    waits.within(START_DEADLINE_S, "learner: starting", make.start_learner())
-                )
             yield Roles(
                 engine=engine,
                 scorers={
@@ -292,11 +296,12 @@ def _cluster_parts(recipe: Recipe) -> Parts:
         engine_environment(recipe.rollout, recipe.model),
     )
     broadcast = None
-    if recipe.broadcasts_weights:
+    if recipe.sends_weights:
         broadcast = WeightBroadcast(
             lambda: spawner.workers,
             processes_per_worker=recipe.rollout.tensor_parallel_size,
             deadline_s=recipe.alarms.worker_s,
+            is_local=recipe.rollout.weight_transport == "ipc",
         )
     threads = thread_environment(recipe.learner.cpus_per_rank)
     learner = learner_handles.RayLearner(recipe, threads, broadcast)

@@ -29,13 +29,19 @@ class RolloutConfig(Schema):
         None, description="of keys and values in vLLM's cache; fp8: twice as many fit; null: dtype"
     )
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores, and threads of one engine")
-    gpus_per_worker: int = Field(0, ge=0, description="0: the engine runs on the CPU")
+    gpus_per_worker: float = Field(
+        0, ge=0, description="0: the engine runs on the CPU; 0.4: a GPU, and others share it"
+    )
     max_concurrent_rollouts: int = Field(
         256, ge=1, description="completions that one engine generates at a time; more wait"
     )
     kv_cache_gib: float = Field(0.5, gt=0, description="KV cache of a vLLM engine on the CPU")
     gpu_memory_utilization: float = Field(
-        0.85, gt=0, lt=1, description="share of each GPU that vLLM takes, KV cache included"
+        0.85,
+        gt=0,
+        lt=1,
+        description="share of each GPU that vLLM takes, KV cache included; of its part of the GPU, "
+        "where gpus_per_worker is a part of one",
     )
     enforce_eager: bool | None = Field(
         None,
@@ -43,18 +49,29 @@ class RolloutConfig(Schema):
         "a minute and gains nothing",
     )
 
-    weight_transport: Literal["object_store", "broadcast"] = Field(
+    weight_transport: Literal["object_store", "broadcast", "ipc"] = Field(
         "object_store",
         description="how a new version reaches the workers; object_store: one image in host memory "
         "that each of them loads; broadcast: into all vLLM engines while the learner gathers it "
-        "(NCCL between GPUs, gloo on the CPU), and through the object store where that fails, for "
-        "new workers, and for adapters that are published alone",
+        "(NCCL between GPUs, gloo on the CPU); ipc: the same, from a learner rank on the worker's "
+        "own GPU (CUDA IPC); both through the object store where that fails, for new workers, and "
+        "for adapters that are published alone",
     )
 
     @property
     def tensor_parallel_size(self) -> int:
         """GPUs that share one copy of the weights: all that a worker has, max(1, gpus)."""
-        return max(1, self.gpus_per_worker)
+        return max(1, int(self.gpus_per_worker))
+
+    @property
+    def has_part_of_gpu(self) -> bool:
+        """Whether a worker leaves room on its GPU for others."""
+        return 0 < self.gpus_per_worker < 1
+
+    @property
+    def gpu_memory_share(self) -> float:
+        """Of all memory of each GPU: `gpu_memory_utilization` of a worker's part."""
+        return self.gpu_memory_utilization * min(1.0, self.gpus_per_worker)
 
     @property
     def eager(self) -> bool:
@@ -68,12 +85,21 @@ class RolloutConfig(Schema):
         return tuple(f"rollout.{name}: {value}" for name, value in chosen.items() if value)
 
     @model_validator(mode="after")
-    def _broadcast_needs_vllm(self) -> RolloutConfig:
-        if self.weight_transport == "broadcast" and self.engine != "vllm":
+    def _several_gpus_are_whole_ones(self) -> RolloutConfig:
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             raise ValueError(
-                f"rollout.weight_transport is broadcast, but rollout.engine is {self.engine}: "
-                "only vLLM engines take part in a broadcast; set weight_transport: object_store, "
-                "or engine: vllm"
+                f"rollout.gpus_per_worker is {self.gpus_per_worker:g}: set a part of one GPU, such "
+                "as 0.4, or a whole number of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _direct_transport_needs_vllm(self) -> RolloutConfig:
+        if self.weight_transport != "object_store" and self.engine != "vllm":
+            raise ValueError(
+                f"rollout.weight_transport is {self.weight_transport}, but rollout.engine is "
+                f"{self.engine}: only vLLM engines load weights while they come; set "
+                "weight_transport: object_store, or engine: vllm"
             )
         return self
 
@@ -81,7 +107,7 @@ class RolloutConfig(Schema):
     def _transformers_uses_one_device(self) -> RolloutConfig:
         if self.engine == "transformers" and self.gpus_per_worker > 1:
             raise ValueError(
-                f"rollout.gpus_per_worker is {self.gpus_per_worker}, but the transformers engine "
+                f"rollout.gpus_per_worker is {self.gpus_per_worker:g}, but the transformers engine "
                 "runs on one device: set it to 0 or 1, or set rollout.engine to vllm"
             )
         return self

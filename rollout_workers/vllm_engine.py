@@ -268,7 +268,7 @@ def _room_for(
 
 
 def _on_gpu(config: RolloutConfig) -> dict[str, float]:
-    return {"gpu_memory_utilization": config.gpu_memory_utilization}
+    return {"gpu_memory_utilization": config.gpu_memory_share}
 
 
 def _on_cpu(config: RolloutConfig, max_model_len: int) -> dict[str, int | bool]:

@@ -20,6 +20,7 @@ from grpo.weight_stream import (
     WeightStream,
     bucket_key,
     bucket_sum,
+    joined,
     joined_store,
 )
 
@@ -67,7 +68,7 @@ class WeightReceiver:
         self.leave()
         self._store = joined_store(stream.group)
         rank = stream.first_rank + process
-        self._member = Membership(self._store, stream.group, rank=rank, device=self._device)
+        self._member = joined(self._store, stream.group, rank=rank, device=self._device)
         self._group = stream.group
 
 

@@ -119,14 +119,15 @@ def test_a_killed_rollout_worker_is_replaced_and_no_group_is_lost(tmp_path: Path
     assert left.summary["replaced"] == {"rollout worker": 1}
 
 
-def test_weights_go_by_broadcast_to_whoever_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["broadcast", "ipc"])
+def test_weights_go_straight_to_whoever_is_left(transport: str, tmp_path: Path) -> None:
     run = train(
         tmp_path,
         steps=8,
         max_staleness=1,
         data__evaluation=None,
         rollout__workers=2,
-        rollout__weight_transport="broadcast",
+        rollout__weight_transport=transport,
     )
     lines_until(run, "step 3/8")
     victim, _ = rollout_workers(run)

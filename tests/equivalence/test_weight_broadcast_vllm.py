@@ -1,7 +1,7 @@
-"""Weights by broadcast into a real vLLM engine: the policy that the object store would bring.
+"""Weights straight into a real vLLM engine: the policy that the object store would bring.
 
-Gloo between processes on the CPU; the learner is in processes of its own, with ZeRO 3 on one rank
-and on two.
+Over gloo, and from memory that processes on the CPU share; the learner is in processes of its own,
+with ZeRO 3 on one rank and on two.
 """
 
 from __future__ import annotations
@@ -75,36 +75,45 @@ def stream_of(group: WeightGroup, version: int) -> WeightStream:
 
 
 def publish_both_ways(
-    rank: int, config: LearnerConfig, model: str, master: str, pipe: Connection
+    rank: int, config: LearnerConfig, model: str, master: str, pipe: Connection, near: int | None
 ) -> None:
-    """A trained learner's version 1, by broadcast and as an image; runs in a learner's process."""
+    """A trained learner's version 1, straight and as an image; runs in a learner's process.
+
+    `near` is the rank that shares memory with the engine; None: rank 0 sends it over gloo.
+    """
     learner.weight_sender.BUCKET_BYTES = BUCKET_BYTES
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://{master}", rank=rank, world_size=config.ranks
     )
     trained = rank_of(model, config, rank=rank, master=master)
     trained.train(batch_of(random_rows(8)))
-    port = trained.open_group("127.0.0.1") if rank == 0 else 0
-    pipe.send(port)
-    published = trained.publish(1, WeightGroup(host="127.0.0.1", port=port, size=2))
+    group = None
+    if rank == (near or 0):
+        port = trained.open_group("127.0.0.1")
+        group = WeightGroup(host="127.0.0.1", port=port, size=2, is_local=near is not None)
+    pipe.send(group)
+    published = trained.publish(1, group)
     pipe.send(b"" if published is None else published.payload.tobytes())
+    pipe.recv()  # the engine has all of it
     torch.distributed.destroy_process_group()
 
 
 @contextmanager
-def learner_processes(ranks: int, model: str) -> Iterator[Connection]:
-    """The pipe of rank 0."""
+def learner_processes(ranks: int, model: str, near: int | None) -> Iterator[list[Connection]]:
+    """A pipe to each rank."""
     config = LearnerConfig(ranks=ranks, zero_stage=3, learning_rate=1e-2)
     context, master = multiprocessing.get_context("spawn"), f"127.0.0.1:{free_port()}"
     pipes = [context.Pipe() for _ in range(ranks)]
     processes = [
-        context.Process(target=publish_both_ways, args=(rank, config, model, master, pipe))
+        context.Process(target=publish_both_ways, args=(rank, config, model, master, pipe, near))
         for rank, (_, pipe) in enumerate(pipes)
     ]
     for process in processes:
         process.start()
     try:
-        yield pipes[0][0]
+        yield [ours for ours, _ in pipes]
+        for ours, _ in pipes:
+            ours.send("done")
     finally:
         for process in processes:
             process.join(timeout=10)
@@ -117,15 +126,21 @@ def told(pipe: Connection) -> object:
 
 
 @pytest.mark.parametrize(
-    ("served", "ranks"), [(True, 1), (False, 2)], ids=["tied-1", "untied-2"], indirect=["served"]
+    ("served", "ranks", "near"),
+    [(True, 1, None), (False, 2, None), (True, 1, 0), (False, 2, 1)],
+    ids=["tied-1-gloo", "untied-2-gloo", "tied-1-shared", "untied-2-shared"],
+    indirect=["served"],
 )
-def test_weights_of_zero_3_arrive_as_through_the_object_store(served: Served, ranks: int) -> None:
-    with learner_processes(ranks, served.model) as pipe:
-        port = told(pipe)
-        assert isinstance(port, int)
-        group = WeightGroup(host="127.0.0.1", port=port, size=2)
+def test_weights_of_zero_3_arrive_as_through_the_object_store(
+    served: Served, ranks: int, near: int | None
+) -> None:
+    with learner_processes(ranks, served.model, near) as pipes:
+        group = told(pipes[near or 0])
+        assert isinstance(group, WeightGroup)
         timings_s = asyncio.run(served.worker.receive_weights(stream_of(group, 1)))
-        image = told(pipe)
+        if near:  # rank 0 has told of its own group, which is none
+            assert told(pipes[0]) is None
+        image = told(pipes[0])
     assert isinstance(image, bytes)
     assert set(timings_s) == {"pause", "load", "resume"}
     streamed = served.sample(requests(8))

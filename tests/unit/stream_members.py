@@ -15,10 +15,10 @@ from rollout_workers.weight_receiver import WeightReceiver
 CPU = torch.device("cpu")
 
 
-def met(sender: WeightSender, *, receivers: int) -> WeightGroup:
+def met(sender: WeightSender, *, receivers: int, is_local: bool = False) -> WeightGroup:
     """A new group of so many receiving processes."""
     host = "127.0.0.1"
-    return WeightGroup(host=host, port=sender.open(host), size=1 + receivers)
+    return WeightGroup(host=host, port=sender.open(host), size=1 + receivers, is_local=is_local)
 
 
 def send(

@@ -40,7 +40,7 @@ def test_a_local_run_leaves_out_what_only_vllm_can_do(tmp_path: Path) -> None:
     assert len(recipe.rollout.fp8_settings) == 2
     local = local_recipe(recipe)
     assert local.rollout.fp8_settings == ()
-    assert recipe.broadcasts_weights and not local.broadcasts_weights
+    assert recipe.sends_weights and not local.sends_weights
     assert type(local.rollout).model_validate(local.rollout.model_dump()) == local.rollout
 
 
@@ -195,7 +195,36 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "broadcast between GPUs and the CPU": (
         {"rollout": {"weight_transport": "broadcast", "engine": "vllm", "gpus_per_worker": 1}},
-        ["gpus_per_worker is 1 and learner.gpus_per_rank 0", "from GPU to GPU or from CPU to CPU"],
+        ["gpus_per_worker 1 and learner.gpus_per_rank 0", "from GPU to GPU or from CPU to CPU"],
+    ),
+    "broadcast on parts of GPUs": (
+        {
+            "rollout": {"weight_transport": "broadcast", "engine": "vllm", "gpus_per_worker": 0.4},
+            "learner": {"gpus_per_rank": 0.6},
+        },
+        ["gpus_per_worker 0.4 and learner.gpus_per_rank 0.6", "set weight_transport: ipc"],
+    ),
+    "ipc between whole GPUs": (
+        {
+            "rollout": {"weight_transport": "ipc", "engine": "vllm", "gpus_per_worker": 1},
+            "learner": {"gpus_per_rank": 1},
+        },
+        ["weight_transport is ipc", "set parts that fit on one, such as 0.4 and 0.6"],
+    ),
+    "ipc between parts that do not fit on one GPU": (
+        {
+            "rollout": {"weight_transport": "ipc", "engine": "vllm", "gpus_per_worker": 0.5},
+            "learner": {"gpus_per_rank": 0.6},
+        },
+        ["gpus_per_worker 0.5 and learner.gpus_per_rank 0.6", "such as 0.4 and 0.6"],
+    ),
+    "two ranks on a GPU": (
+        {"learner": {"gpus_per_rank": 0.5, "ranks": 2}},
+        ["gpus_per_rank is 0.5 with 2 ranks", "set gpus_per_rank above 0.5"],
+    ),
+    "a GPU and a half": (
+        {"rollout": {"gpus_per_worker": 1.5}},
+        ["gpus_per_worker is 1.5", "or a whole number"],
     ),
     "alarm too tight for bfloat16": (
         {"rollout": {"dtype": "bfloat16"}, "learner": {"publish_dtype": "bfloat16"}},

@@ -138,6 +138,7 @@ def test_an_engine_on_the_cpu_is_eager_unless_told_otherwise() -> None:
 def test_a_worker_s_gpus_all_share_one_copy_of_the_weights() -> None:
     assert RolloutConfig().tensor_parallel_size == 1
     assert RolloutConfig(gpus_per_worker=4).tensor_parallel_size == 4
+    assert RolloutConfig(gpus_per_worker=0.4).tensor_parallel_size == 1
 
 
 def test_the_transformers_engine_refuses_several_gpus() -> None:
@@ -156,3 +157,11 @@ def test_the_environment_stays_offline_for_a_local_model_only(tmp_path: Path) ->
 def test_only_vllm_gets_vllm_s_variables(tmp_path: Path) -> None:
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" in engine_environment(RolloutConfig(), "some/model")
     assert not [name for name in engine_environment(SMALL, "some/model") if "VLLM" in name]
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(0.4, 0.34), (1, 0.85), (2, 0.85)])
+def test_vllm_takes_its_share_of_the_part_of_a_gpu_that_a_worker_has(
+    gpus: float, expected: float
+) -> None:
+    config = RolloutConfig(gpus_per_worker=gpus, gpu_memory_utilization=0.85)
+    assert config.gpu_memory_share == pytest.approx(expected)
