@@ -67,16 +67,15 @@ class Training:
 
     async def run(self) -> bool:
         """Train; True if the schedule is complete, False if a stop was requested before."""
-        if self._start is None and self._recipe.learner.rounds_base:
-            await self._sync()
-        await self._held_out.before()
         is_again = False
         while True:
             try:
                 if is_again:
                     await self._restart_learner()
-                if is_again or self._start is not None:
+                # Else the engines have read what the learner begins with.
+                if is_again or self._start is not None or self._recipe.learner.rounds_base:
                     await self._load(is_again=is_again)
+                await self._held_out.before()
                 complete = await self._train()
                 if complete or self._stops.was_asked:
                     return complete

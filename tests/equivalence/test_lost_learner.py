@@ -123,7 +123,13 @@ class Left:
         return audited(entries, state, window=1, planned=None).problems
 
 
-def trained(folder: Path, *, losses: Sequence[Call] = (), ranks: int | None = None) -> Left:
+def trained(
+    folder: Path,
+    *,
+    losses: Sequence[Call] = (),
+    ranks: int | None = None,
+    lora: Mapping[str, object] | None = None,
+) -> Left:
     """A run of six steps; `ranks` are asked for when it begins."""
     data = write_datasets(folder / "data", num_train=60, num_heldout=10)
     recipe = local_recipe(
@@ -138,7 +144,7 @@ def trained(folder: Path, *, losses: Sequence[Call] = (), ranks: int | None = No
                 "data": {"train": str(data.train)},
                 "algorithm": {"name": "grpo", "num_generations": 4},
                 "scorers": [{"name": "answer", "rule": "numeric"}],
-                "learner": {"learning_rate": 1e-4, "warmup_steps": 0},
+                "learner": {"learning_rate": 1e-4, "warmup_steps": 0, "lora": lora},
                 "checkpoint": {"every": 2},
                 "output": str(folder / "runs"),
             }
@@ -189,6 +195,15 @@ def test_a_run_that_loses_its_learner_ends_as_one_that_does_not(
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     for name, weight in whole.weights.items():
         torch.testing.assert_close(left.weights[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_learner_with_a_rounded_base_may_be_lost_before_the_workers_have_it(
+    tmp_path: Path,
+) -> None:
+    left = trained(tmp_path, losses=[("publish", 1)], lora={"quantization": "nf4"})
+    assert left.learner.starts == [1]
+    assert left.problems == ()
+    assert max(step["log_prob_gap/max"] for step in left.steps) < 1e-4
 
 
 def test_a_learner_that_is_lost_again_and_again_ends_the_run(tmp_path: Path) -> None:
