@@ -22,7 +22,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.learner_step import long_tailed_rows
 from grpo.types import Int32, SampleRequest, Sampling, TrainBatch
-from grpo.weight_stream import WeightGroup, WeightStream
+from grpo.weight_group import WeightGroup
+from grpo.weight_stream import WeightStream
 from learner.config import LearnerConfig
 from learner.inputs import stream
 from learner.packing import Block, blocks

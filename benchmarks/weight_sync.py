@@ -34,7 +34,8 @@ import xxhash
 
 from benchmarks.random_models import written_model
 from grpo.types import SampleRequest, Sampling, WeightBundle
-from grpo.weight_stream import WeightGroup, WeightStream
+from grpo.weight_group import WeightGroup
+from grpo.weight_stream import WeightStream
 from learner.config import LearnerConfig, LoraConfig
 from learner.rank import LearnerRank
 from orchestration.local import LocalLearner, LocalRolloutWorker

@@ -22,7 +22,7 @@ from grpo.errors import Fatal
 from grpo.objective import Objective
 from grpo.objective_checks import needs_reference, refuse_impossible
 from grpo.types import Float32, MeasureRequest, StepReport, TrainBatch, TrainRow, WeightBundle
-from grpo.weight_stream import WeightGroup
+from grpo.weight_group import WeightGroup
 from learner.answers import measured
 from learner.backend import Backend
 from learner.config import LearnerConfig, LoraConfig

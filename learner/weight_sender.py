@@ -6,6 +6,7 @@ ends the stream, never the learner. Refuses to know the ranks and who decides on
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -13,19 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore
 
-from grpo.weight_stream import (
-    DTYPE_NAMES,
-    SENDER,
-    Entry,
-    Membership,
-    Told,
-    WeightGroup,
-    bucket_key,
-    bucket_sum,
-    joined,
-    opened_store,
-    room,
-)
+from grpo.weight_group import SENDER, Membership, WeightGroup, joined, opened_store
+from grpo.weight_stream import DTYPE_NAMES, Entry, Told, bucket_key, bucket_sum, room
 
 BUCKET_BYTES = 2**28  # one weight at least; the memory that a stream takes at both ends
 
@@ -97,7 +87,9 @@ class WeightSender:
 
     def _join(self, group: WeightGroup) -> None:
         if self._member is None:
-            self._member = joined(self._opened, group, rank=SENDER, device=self._device)
+            self._member = joined(
+                self._opened, group, rank=SENDER, device=self._device, environment=os.environ
+            )
 
     @torch.no_grad()
     def _pack(self, name: str, weight: Tensor) -> None:

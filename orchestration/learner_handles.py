@@ -26,7 +26,7 @@ from grpo.types import (
     WeightBundle,
     WeightRef,
 )
-from grpo.weight_stream import WeightGroup
+from grpo.weight_group import WeightGroup
 from learner.rank import LearnerRank
 from orchestration.cluster import answer, device_of, located
 from orchestration.config import Recipe

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from grpo.errors import StreamBroken, Transient
-from grpo.weight_stream import SENDER, WeightGroup, WeightStream
+from grpo.weight_group import SENDER, WeightGroup
+from grpo.weight_stream import WeightStream
 from orchestration.waits import note_trouble
 
 

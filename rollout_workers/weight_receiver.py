@@ -6,6 +6,7 @@ Runs in every process of an engine. Refuses to know vLLM, and who sends.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 
 import torch
@@ -13,16 +14,8 @@ from torch import Tensor
 from torch.distributed import TCPStore
 
 from grpo.errors import WeightMismatch
-from grpo.weight_stream import (
-    Membership,
-    Told,
-    WeightGroup,
-    WeightStream,
-    bucket_key,
-    bucket_sum,
-    joined,
-    joined_store,
-)
+from grpo.weight_group import Membership, WeightGroup, joined, joined_store
+from grpo.weight_stream import Told, WeightStream, bucket_key, bucket_sum
 
 
 class WeightReceiver:
@@ -68,7 +61,9 @@ class WeightReceiver:
         self.leave()
         self._store = joined_store(stream.group)
         rank = stream.first_rank + process
-        self._member = joined(self._store, stream.group, rank=rank, device=self._device)
+        self._member = joined(
+            self._store, stream.group, rank=rank, device=self._device, environment=os.environ
+        )
         self._group = stream.group
 
 

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 import learner.weight_sender
 from grpo.errors import StreamBroken
 from grpo.types import Rollout, WeightBundle
-from grpo.weight_stream import WeightGroup, WeightStream
+from grpo.weight_group import WeightGroup
+from grpo.weight_stream import WeightStream
 from learner.config import LearnerConfig
 from learner.weight_sender import WeightSender
 from learner.weights import named_weights

@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from grpo.weight_stream import WeightGroup, WeightStream
+from grpo.weight_group import WeightGroup
+from grpo.weight_stream import WeightStream
 from learner.weight_sender import WeightSender
 from rollout_workers.weight_receiver import WeightReceiver
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 
 from grpo.errors import Fatal, StreamBroken, Transient, WorkerLost
-from grpo.weight_stream import WeightGroup, WeightStream
+from grpo.weight_group import WeightGroup
+from grpo.weight_stream import WeightStream
 from orchestration.waits import Waits
 from orchestration.weight_broadcast import Circle, WeightBroadcast
 

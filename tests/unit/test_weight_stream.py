@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import grpo.weight_group
 import grpo.weight_stream
 import learner.weight_sender
 from grpo.errors import WeightMismatch
@@ -145,7 +146,7 @@ def test_a_sender_that_gives_up_says_so_at_once(is_local: bool) -> None:
 def test_a_member_that_never_comes_is_not_waited_for_long(
     monkeypatch: pytest.MonkeyPatch, is_local: bool
 ) -> None:
-    monkeypatch.setattr(grpo.weight_stream, "PATIENCE", timedelta(seconds=1))
+    monkeypatch.setattr(grpo.weight_group, "PATIENCE", timedelta(seconds=1))
     sender, receiver = WeightSender(CPU, torch.float32), WeightReceiver(CPU)
     group = met(sender, receivers=2, is_local=is_local)
     sent = in_thread(lambda: send(sender, group, weights()))
