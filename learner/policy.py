@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from grpo.errors import UserError
-from learner.chunked_log_probs import chunked_log_probs, log_softmax
+from learner.chunked_log_probs import EAGER, chunked_log_probs, log_softmax
 from learner.config import LearnerConfig, heads_problem
 from learner.packing import Block
 from learner.row_attention import ROW_ATTENTION, ROW_LENGTHS, SEQUENCE_GROUP
@@ -78,7 +78,13 @@ class LogProbHead(nn.Module):
             chosen = log_probs.gather(-1, targets[:, None]).squeeze(-1)
             return (chosen, _entropy(log_probs)) if with_entropy else (chosen,)
         chosen, entropy = chunked_log_probs(
-            hidden, self.weight, self.bias, targets, self.temperature, self.chunk_tokens
+            hidden,
+            self.weight,
+            self.bias,
+            targets,
+            temperature=self.temperature,
+            chunk_tokens=self.chunk_tokens,
+            maths=EAGER,
         )
         return (chosen, entropy) if with_entropy else (chosen,)
 

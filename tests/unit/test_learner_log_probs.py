@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner.chunked_log_probs import chunked_log_probs
+from learner.chunked_log_probs import EAGER, chunked_log_probs
 from learner.policy import LogProbHead
 
 N, H, V = 23, 8, 50
@@ -108,5 +108,13 @@ def test_only_what_the_loss_needs_is_kept_for_the_backward_pass() -> None:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-        chunked_log_probs(hidden.requires_grad_(), layer.weight, None, targets, 1.0, 5)
-    assert sum(kept) == N * H + V * H + 2 * N
+        chunked_log_probs(
+            hidden.requires_grad_(),
+            layer.weight,
+            None,
+            targets,
+            temperature=1.0,
+            chunk_tokens=5,
+            maths=EAGER,
+        )
+    assert sum(kept) == N * H + V * H + 3 * N
