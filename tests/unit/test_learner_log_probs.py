@@ -33,7 +33,7 @@ def gradients(
     temperature: float = 1.0,
 ) -> tuple[Tensor, ...]:
     """Log-probabilities, entropy and the gradients of a random combination of them."""
-    head = LogProbHead(layer, temperature=temperature)
+    head = LogProbHead(layer, temperature=temperature, is_fused=False)
     head.chunk_tokens = chunk_tokens
     hidden = hidden.clone().requires_grad_()
     log_probs, entropy = head(hidden, targets, True)
@@ -66,7 +66,7 @@ def test_a_bfloat16_layer_gets_gradients_of_its_own_type() -> None:
 def test_a_frozen_layer_costs_no_gradient_of_its_weights() -> None:
     layer, hidden, targets, *_ = layer_and_inputs()
     layer.weight.requires_grad_(False)
-    head = LogProbHead(layer, temperature=1.0)
+    head = LogProbHead(layer, temperature=1.0, is_fused=False)
     head.chunk_tokens = 5
     log_probs, _ = head(hidden.requires_grad_(), targets, True)
     log_probs.sum().backward()
