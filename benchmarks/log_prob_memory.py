@@ -1,22 +1,28 @@
-"""Memory of log-probabilities over a large vocabulary: the learner's way against the plain one.
+"""Memory of log-probabilities over a large vocabulary: the learner's ways against the plain one.
 
     python -m benchmarks.log_prob_memory                   2,048 tokens, 152k words
-    python -m benchmarks.log_prob_memory --tokens 8192 --ways chunked    the plain one needs 23 GiB
+    python -m benchmarks.log_prob_memory --tokens 8192 --ways plain_forward chunked fused
+
+    plain           log_softmax of all logits: 23 GiB at 8,192 tokens
+    plain_forward   a part of it, and a bound where it does not fit: the log-probabilities alone,
+                    with nothing kept for a backward pass
+    chunked, fused  learner.fused_log_probs: false and true
 
 Each way runs in a process of its own, forward and backward with entropy, and reports the peak above
-what it held before. Times are of the process's CPU where there is no GPU. Both must give the same
-loss and gradient. Knows nothing of layers below the output layer: what those need is the same on
-both sides.
+what it held before. Times are of the process's CPU where there is no GPU, without compiling. All
+must give the same loss and gradient. Knows nothing of layers below the output layer: what those
+need is the same on all sides.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +30,7 @@ from torch.nn import functional
 
 from learner.policy import LogProbHead
 
-WAYS = ("plain", "chunked")
+WAYS = ("plain", "plain_forward", "chunked", "fused")
 KIB, GIB = 2**10, 2**30
 
 
@@ -45,12 +51,12 @@ class Found:
 
     peak_bytes: int
     seconds: float
-    loss: float
-    gradient_norm: float
+    loss: float | None  # None: not computed
+    gradient_norm: float | None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the peak and the time of both ways, and their ratios."""
+    """Print the peak and the time of each way, and the ratios."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.log_prob_memory")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=152_000)
@@ -64,24 +70,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{options.tokens} tokens x {options.vocabulary} words, hidden {options.hidden}, {device}"
     )
     for way, result in found.items():
-        print(
-            f"  {way:8} {result.peak_bytes / GIB:7.2f} GiB  {result.seconds:6.2f} s  "
-            f"loss {result.loss:.6f}  gradient {result.gradient_norm:.6f}"
+        print(f"  {way:13} {result.peak_bytes / GIB:7.2f} GiB  {result.seconds:6.2f} s", end="")
+        print("" if result.loss is None else f"  loss {result.loss:.6f}", end="")
+        print("" if result.loss is None else f"  gradient {result.gradient_norm:.6f}")
+    ours = {way: found[way] for way in ("chunked", "fused") if way in found}
+    for way, result in ours.items():
+        for plain in ("plain", "plain_forward"):
+            if plain in found:
+                memory = found[plain].peak_bytes / result.peak_bytes
+                print(f"  {plain} / {way}: memory {memory:.1f}", end="")
+                seconds = found[plain].seconds / result.seconds
+                print(f", time {seconds:.2f}" if plain == "plain" else " or more")
+    complete = [result for result in found.values() if result.loss is not None]
+    for result in complete:
+        torch.testing.assert_close(result.loss, complete[0].loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            result.gradient_norm, complete[0].gradient_norm, rtol=1e-4, atol=1e-6
         )
-    if len(found) < len(WAYS):
-        return
-    plain, chunked = (found[way] for way in WAYS)
-    print(
-        f"  plain / chunked: memory {plain.peak_bytes / chunked.peak_bytes:.1f}, "
-        f"time {plain.seconds / chunked.seconds:.2f}"
-    )
-    torch.testing.assert_close(chunked.loss, plain.loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(chunked.gradient_norm, plain.gradient_norm, rtol=1e-4, atol=1e-6)
 
 
 def _in_own_process(case: Case) -> Found:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, (case,))
+        found = pool.apply(_measured, (case,))
+        pool.close()  # else it is killed, with what it would clean up
+        pool.join()
+        return found
 
 
 def _measured(case: Case) -> Found:
@@ -89,18 +102,26 @@ def _measured(case: Case) -> Found:
     layer = nn.Linear(case.hidden, case.vocabulary, bias=False, device=case.device)
     hidden = torch.randn(case.tokens, case.hidden, device=case.device, requires_grad=True)
     targets = torch.randint(case.vocabulary, (case.tokens,), device=case.device)
-    before = _peak(case.device)
+    head = LogProbHead(layer, temperature=1.0, is_fused=case.way == "fused")
+    head.prepare(torch.device(case.device))
+    before = _held(case.device)
     clock = time.perf_counter if case.device == "cuda" else time.process_time
     started = clock()
-    log_probs, entropy = (_plain if case.way == "plain" else _chunked)(layer, hidden, targets)
-    loss = -(log_probs + 0.01 * entropy).mean()
-    torch.autograd.backward(loss)
-    assert hidden.grad is not None
+    loss = None
+    if case.way == "plain_forward":
+        with torch.no_grad():
+            functional.log_softmax(layer(hidden), -1).gather(-1, targets[:, None])
+    else:
+        way = partial(_plain, layer) if case.way == "plain" else partial(head, with_entropy=True)
+        log_probs, entropy = way(hidden=hidden, targets=targets)
+        loss = -(log_probs + 0.01 * entropy).mean()
+        torch.autograd.backward(loss)
+    peak_bytes = _peak(case.device) - before
     return Found(
-        peak_bytes=_peak(case.device) - before,
+        peak_bytes=peak_bytes,
         seconds=clock() - started,
-        loss=loss.item(),
-        gradient_norm=hidden.grad.norm().item(),
+        loss=None if loss is None else loss.item(),
+        gradient_norm=None if hidden.grad is None else hidden.grad.norm().item(),
     )
 
 
@@ -110,17 +131,23 @@ def _plain(layer: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor, T
     return chosen, -(log_probs.exp() * log_probs).sum(-1)
 
 
-def _chunked(layer: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    log_probs, entropy = LogProbHead(layer, temperature=1.0)(hidden, targets, True)
-    return log_probs, entropy
+def _held(device: str) -> int:
+    """Bytes held now; a peak is counted from here on."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return _peak(device)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the largest so far (proc(5))
+    return _peak(device)
 
 
 def _peak(device: str) -> int:
-    """Most bytes held at once so far."""
+    """Most bytes held at once since `_held`."""
     if device == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (largest,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(largest) * KIB
 
 
 if __name__ == "__main__":

@@ -2,16 +2,31 @@
 
 What a chunk computes is forgotten and computed again in the backward pass, in place: two arrays of
 [chunk, V] exist at once, whatever N is. Refuses to know whose weights these are.
-Legend: N tokens, H hidden size, V vocabulary.
+Legend: N tokens, n of a chunk, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitMaths:
+    """What a chunk makes of its logits [n, V], which both may overwrite.
+
+    sums: logits, targets, temperature -> log-probabilities, entropy, logsumexp, each [n] float32.
+    gradient: logits, targets, entropy, logsumexp, the gradients of log-probabilities and entropy,
+    temperature -> the gradient of the logits, in their type.
+    """
+
+    sums: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+    gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
@@ -25,22 +40,20 @@ def chunked_log_probs(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    *,
     temperature: float,
     chunk_tokens: int,
+    maths: LogitMaths,
 ) -> tuple[Tensor, Tensor]:
     """hidden [N, H], weight [V, H], bias [V], targets [N] -> log-probabilities [N], entropy [N]."""
     found: tuple[Tensor, Tensor] = _Chunked.apply(
-        hidden, weight, bias, targets, temperature, chunk_tokens
+        hidden, weight, bias, targets, temperature, chunk_tokens, maths
     )
     return found
 
 
 class _Chunked(torch.autograd.Function):
-    """The gradient by hand.
-
-    With p the distribution, l its logarithm and S its entropy, the gradient with respect to the
-    logits is (onehot - p) of a log-probability and -p (l + S) of the entropy, over the temperature.
-    """
+    """Both products of a chunk; what lies between them is its LogitMaths."""
 
     @staticmethod
     def forward(
@@ -51,44 +64,81 @@ class _Chunked(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         chunk_tokens: int,
+        maths: LogitMaths,
     ) -> tuple[Tensor, Tensor]:
-        chosen, entropy = [], []
-        for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-            logs = log_softmax(h, weight, bias, temperature)
-            chosen.append(logs.gather(-1, t[:, None]).squeeze(-1))
-            entropy.append(-logs.exp().mul_(logs).sum(-1))
-        found = torch.cat(chosen), torch.cat(entropy)
-        ctx.save_for_backward(hidden, weight, bias, targets, found[1])
-        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
-        return found
+        parts = [
+            maths.sums(functional.linear(h.to(weight.dtype), weight, bias), t, temperature)
+            for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+        ]
+        chosen, entropy, log_total = map(torch.cat, zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy, log_total)
+        ctx.temperature, ctx.chunk_tokens, ctx.maths = temperature, chunk_tokens, maths
+        return chosen, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_chosen: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, entropy = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, *of_tokens = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for start in range(0, len(hidden), ctx.chunk_tokens):
             here = slice(start, start + ctx.chunk_tokens)
-            logs = log_softmax(hidden[here], weight, bias, ctx.temperature)
-            grad = _logit_gradient(
-                logs, targets[here], entropy[here], grad_chosen[here], grad_entropy[here]
+            grad = ctx.maths.gradient(
+                functional.linear(hidden[here].to(weight.dtype), weight, bias),
+                *(values[here] for values in (*of_tokens, *gradients)),
+                ctx.temperature,
             )
-            grad = grad.div_(ctx.temperature).to(weight.dtype)
             grad_hidden[here] = grad @ weight
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T, hidden[here].to(weight.dtype))
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-            del logs, grad  # before the next chunk makes its own
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+            del grad  # before the next chunk makes its own
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _logit_gradient(
-    logs: Tensor, targets: Tensor, entropy: Tensor, grad_chosen: Tensor, grad_entropy: Tensor
+def _sums(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """From d, a logit less the largest, and Z = sum exp(d).
+
+    A log-probability is d - log Z; the entropy is log Z - sum(exp(d) d) / Z, where neither term is
+    negative, so that nothing cancels.
+    """
+    logits = _tempered(logits, temperature)
+    largest = logits.amax(-1)
+    below = logits.sub_(largest[:, None])
+    chosen = below.gather(-1, targets[:, None]).squeeze(-1)
+    parts = below.exp()
+    total = parts.sum(-1)
+    log_total = total.log()
+    entropy = log_total - parts.mul_(below).sum(-1) / total
+    return chosen - log_total, entropy, largest + log_total
+
+
+def _gradient(
+    logits: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    log_total: Tensor,
+    grad_chosen: Tensor,
+    grad_entropy: Tensor,
+    temperature: float,
 ) -> Tensor:
-    """[n, V] of the tempered logits, in the place of `logs`."""
+    """With p the distribution, l its logarithm and S its entropy.
+
+    (onehot - p) is the gradient of a log-probability and -p (l + S) that of the entropy, both over
+    the temperature.
+    """
+    of_chosen, of_entropy = grad_chosen / temperature, grad_entropy / temperature
+    logs = _tempered(logits, temperature).sub_(log_total[:, None])
     p = logs.exp()
-    grad = logs.add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_chosen[:, None])
-    grad = grad.mul_(p).neg_()
-    return grad.scatter_add_(-1, targets[:, None], grad_chosen[:, None])
+    constant = -of_chosen - of_entropy * entropy
+    grad = torch.addcmul(constant[:, None], logs, -of_entropy[:, None], out=logs).mul_(p)
+    return grad.scatter_add_(-1, targets[:, None], of_chosen[:, None]).to(logits.dtype)
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """In float32, in the place of logits that are."""
+    return logits.float() if temperature == 1 else logits.float().div_(temperature)
+
+
+EAGER = LogitMaths(sums=_sums, gradient=_gradient)

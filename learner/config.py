@@ -133,6 +133,12 @@ class LearnerConfig(Schema):
         description="sdpa: torch's kernel, row by row; flash_attention_2: that of the package "
         "flash-attn, on GPUs in bfloat16; eager: written out, for models that need it",
     )
+    fused_log_probs: bool | None = Field(
+        None,
+        description="compile the output layer's log-probabilities and entropy into one kernel each "
+        "way (torch.compile); true needs triton and a C compiler on GPUs, g++ on CPUs; null: on "
+        "GPUs that have them",
+    )
     cpus_per_rank: int = Field(1, ge=1)
     gpus_per_rank: float = Field(
         0, ge=0, le=1, description="0: train on CPU; 0.6: a GPU, and others share it"

@@ -17,8 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from grpo.errors import UserError
-from learner.chunked_log_probs import chunked_log_probs, log_softmax
+from learner.chunked_log_probs import EAGER, chunked_log_probs, log_softmax
+from learner.compilers import fuses_log_probs
 from learner.config import LearnerConfig, heads_problem
+from learner.fused_log_probs import compile_now, fused
 from learner.packing import Block
 from learner.row_attention import ROW_ATTENTION, ROW_LENGTHS, SEQUENCE_GROUP
 from learner.sequence_parallel import SequenceGroup
@@ -64,21 +66,40 @@ class LogProbHead(nn.Module):
     ranks together, so a number of calls that differed between ranks would hang.
     """
 
-    def __init__(self, head: nn.Linear, *, temperature: float) -> None:
+    def __init__(self, head: nn.Linear, *, temperature: float, is_fused: bool) -> None:
         super().__init__()
         self.weight = head.weight  # the same Parameter: tied embeddings stay tied
         self.bias = head.bias
         self.temperature = temperature
-        self.chunk_tokens = max(1, MAX_LOGITS // head.weight.shape[0])
+        self.is_fused = is_fused
+        self.vocabulary = head.weight.shape[0]  # ZeRO-3 empties the weight
+        self.chunk_tokens = max(1, MAX_LOGITS // self.vocabulary)
+
+    def prepare(self, device: torch.device) -> None:
+        """Compile what is compiled for the device where the weights are."""
+        if self.is_fused:
+            compile_now(
+                vocabulary=self.vocabulary,
+                chunk_tokens=self.chunk_tokens,
+                dtype=self.weight.dtype,
+                device=device,
+                temperature=self.temperature,
+            )
 
     def forward(self, hidden: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
         """hidden [N, H], targets [N] -> log-probabilities [N] and, if asked for, entropy [N]."""
-        if len(hidden) <= self.chunk_tokens:
+        if len(hidden) <= self.chunk_tokens and not self.is_fused:
             log_probs = self.log_probs(hidden)
             chosen = log_probs.gather(-1, targets[:, None]).squeeze(-1)
             return (chosen, _entropy(log_probs)) if with_entropy else (chosen,)
         chosen, entropy = chunked_log_probs(
-            hidden, self.weight, self.bias, targets, self.temperature, self.chunk_tokens
+            hidden,
+            self.weight,
+            self.bias,
+            targets,
+            temperature=self.temperature,
+            chunk_tokens=self.chunk_tokens,
+            maths=fused() if self.is_fused else EAGER,
         )
         return (chosen, entropy) if with_entropy else (chosen,)
 
@@ -95,12 +116,14 @@ def _entropy(log_probs: Tensor) -> Tensor:
 class Policy(nn.Module):
     """A causal language model whose output layer is a LogProbHead."""
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float) -> None:
+    def __init__(self, model: PreTrainedModel, *, temperature: float, is_fused: bool) -> None:
         super().__init__()
         head = model.get_output_embeddings()
         assert isinstance(head, nn.Linear), f"the output layer is a {type(head).__name__}"
         self.model = model
-        self.model.set_output_embeddings(LogProbHead(head, temperature=temperature))
+        self.model.set_output_embeddings(
+            LogProbHead(head, temperature=temperature, is_fused=is_fused)
+        )
         self.adapters: Adapters | None = None  # None: all weights are trained
         self.sequence_group: SequenceGroup | None = None  # None: every line is on one rank
 
@@ -175,6 +198,7 @@ def policy_inputs(block: Block, device: torch.device) -> dict[str, Any]:
 
 def load_policy(model: str, config: LearnerConfig, *, temperature: float) -> Policy:
     """Read a model from a folder or the hub, on CPU, and verify that rows may be packed."""
+    is_fused = fuses_log_probs(config)
     disable_progress_bar()  # a bar per rank says nothing
     dtype = getattr(torch, config.dtype)
     settings = AutoConfig.from_pretrained(model)
@@ -191,7 +215,7 @@ def load_policy(model: str, config: LearnerConfig, *, temperature: float) -> Pol
     if config.gradient_checkpointing:
         loaded.gradient_checkpointing_enable({"use_reentrant": False})
     refuse_unpackable(loaded, model)
-    return Policy(loaded, temperature=temperature).train()
+    return Policy(loaded, temperature=temperature, is_fused=is_fused).train()
 
 
 @torch.no_grad()

@@ -112,6 +112,7 @@ class LearnerRank:
             if self._rank == 0 and published is not None:
                 self._images = adapter_images(self._adapters.named_weights(), published)
         backend = make_backend(policy, self._config)
+        policy.head.prepare(backend.device)
         if initial is not None:
             initial.sequence_group = policy.sequence_group
         self._sender = WeightSender(backend.device, self._dtype)

@@ -20,6 +20,7 @@ import numpy as np
 from grpo.algorithms.user_file import is_file_name
 from grpo.errors import CoveyError, UserError
 from grpo.types import FinishReason, Group, Int32, Origin, Prompt, Rollout, Score, Span
+from learner.compilers import fuses_log_probs
 from orchestration.check_data import data_checks, require_domains
 from orchestration.check_model import heads_fit, model_facts, vocabulary_fits
 from orchestration.config import Recipe
@@ -59,6 +60,7 @@ def checked(recipe: Recipe, *, local: bool = False) -> Iterator[Finding]:
     model = list(_tried("model", lambda: model_facts(recipe.model, recipe.max_model_len)))
     yield from model
     yield from _tried("heads", lambda: heads_fit(recipe.model, recipe.learner.sequence_parallel))
+    yield from _tried("output layer", lambda: _output_layer(recipe))
     yield from _tried("rollout", lambda: _rounded(recipe))
     tokenizers: list[Tokenization] = []
     if Path(recipe.model).is_dir() or model[0].ok:  # else the hub would be asked again, in vain
@@ -123,6 +125,10 @@ def _machine(recipe: Recipe, local: bool) -> str:
         raise UserError(problem)
     note = "" if cpus <= has_cpus else f" (fewer than the {cpus:g} asked for: roles will share)"
     return f"{has_cpus} CPUs{note}, {has_gpus} GPUs" if gpus else f"{has_cpus} CPUs{note}"
+
+
+def _output_layer(recipe: Recipe) -> str | None:
+    return "compiled into fused kernels" if fuses_log_probs(recipe.learner) else None
 
 
 def _num_gpus() -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learner.chunked_log_probs import chunked_log_probs
+from learner.chunked_log_probs import EAGER, chunked_log_probs
 from learner.policy import LogProbHead
 
 N, H, V = 23, 8, 50
@@ -33,7 +33,7 @@ def gradients(
     temperature: float = 1.0,
 ) -> tuple[Tensor, ...]:
     """Log-probabilities, entropy and the gradients of a random combination of them."""
-    head = LogProbHead(layer, temperature=temperature)
+    head = LogProbHead(layer, temperature=temperature, is_fused=False)
     head.chunk_tokens = chunk_tokens
     hidden = hidden.clone().requires_grad_()
     log_probs, entropy = head(hidden, targets, True)
@@ -66,7 +66,7 @@ def test_a_bfloat16_layer_gets_gradients_of_its_own_type() -> None:
 def test_a_frozen_layer_costs_no_gradient_of_its_weights() -> None:
     layer, hidden, targets, *_ = layer_and_inputs()
     layer.weight.requires_grad_(False)
-    head = LogProbHead(layer, temperature=1.0)
+    head = LogProbHead(layer, temperature=1.0, is_fused=False)
     head.chunk_tokens = 5
     log_probs, _ = head(hidden.requires_grad_(), targets, True)
     log_probs.sum().backward()
@@ -108,5 +108,13 @@ def test_only_what_the_loss_needs_is_kept_for_the_backward_pass() -> None:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-        chunked_log_probs(hidden.requires_grad_(), layer.weight, None, targets, 1.0, 5)
-    assert sum(kept) == N * H + V * H + 2 * N
+        chunked_log_probs(
+            hidden.requires_grad_(),
+            layer.weight,
+            None,
+            targets,
+            temperature=1.0,
+            chunk_tokens=5,
+            maths=EAGER,
+        )
+    assert sum(kept) == N * H + V * H + 3 * N
