@@ -14,11 +14,11 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import JsonValue, TypeAdapter
 
 from grpo.errors import UserError
 from grpo.types import TrainBatch, TrainRow
@@ -41,11 +41,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RecordedBatch:
-    """A batch with what came of it; `total_steps` shaped its learning rate."""
+    """A batch with what came of it."""
 
     batch: TrainBatch
     outcome: Outcome
-    total_steps: int
+    total_steps: int  # they shaped its learning rate
+    # Settings of the learner that a run may change on its way: they decide about rounding.
+    learner: Mapping[str, JsonValue]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,7 @@ class _Header:
     updates: list[list[int]]  # places of the rows
     total_steps: int
     outcome: Outcome
+    learner: dict[str, JsonValue] = field(default_factory=dict)  # none: written before there were
 
 
 def write_batch(run: Path, recorded: RecordedBatch) -> Path:
@@ -107,7 +110,12 @@ def read_batch(path: Path) -> RecordedBatch:
         is_stage=header.is_stage,
         learning_rate_scale=header.learning_rate_scale,
     )
-    return RecordedBatch(batch=batch, outcome=header.outcome, total_steps=header.total_steps)
+    return RecordedBatch(
+        batch=batch,
+        outcome=header.outcome,
+        total_steps=header.total_steps,
+        learner=header.learner,
+    )
 
 
 def batch_files(run: Path) -> list[BatchFile]:
@@ -163,6 +171,7 @@ def _arrays(recorded: RecordedBatch) -> Arrays:
         updates=[[places[id(row)] for row in update] for update in batch.updates],
         total_steps=recorded.total_steps,
         outcome=recorded.outcome,
+        learner=dict(recorded.learner),
     )
     # Python writes NaN and reads it back: a metric that is no number stays one.
     text = json.dumps(asdict(header)).encode()

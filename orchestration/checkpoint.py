@@ -219,6 +219,14 @@ def delete_checkpoints(run: Path, steps: Collection[int]) -> None:
         shutil.rmtree(folder)
 
 
+def abandon_later(run: Path, step: int) -> None:
+    """Go on from this step for good: no later checkpoint is chosen again, whatever happens next."""
+    later = {saved for saved in saved_steps(run) if saved > step}
+    if later:
+        mark(run, LATEST_FILE, step if step > 0 else None)
+        delete_checkpoints(run, sorted(later, reverse=True))
+
+
 def _empty(root: Path, draft: Path) -> None:
     """An empty draft folder; what an interrupted save left behind goes."""
     for leftover in root.glob(f".{_PREFIX}*"):

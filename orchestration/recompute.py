@@ -6,14 +6,17 @@ runs. (`replay.py` is about groups that a run trains on more than once.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import JsonValue
 
 from grpo.errors import CoveyError, NonFinite, UserError
 from grpo.types import TrainBatch
 from orchestration.batch_files import BatchFile, Outcome, batch_files, read_batch
 from orchestration.checkpoint import find_damage
+from orchestration.config import Recipe
 from orchestration.resume import whole_checkpoints
 from orchestration.roles import Learner
 
@@ -45,6 +48,7 @@ class Comparison:
     batch: TrainBatch
     recorded: Outcome
     recomputed: Outcome
+    learner: Mapping[str, JsonValue]  # settings with which it was recorded
 
     @property
     def differing(self) -> list[str]:
@@ -82,9 +86,11 @@ def recorded_step(run: Path, step: int) -> RecordedStep:
     return RecordedStep(run=run, step=step, checkpoint=checkpoint, files=wanted)
 
 
-def total_steps_of(wanted: RecordedStep) -> int:
-    """`steps` when the step was taken; a resumed run may have another one than its recipe."""
-    return read_batch(wanted.files[-1].path).total_steps
+def recipe_then(recipe: Recipe, wanted: RecordedStep) -> Recipe:
+    """The recipe as it was when the step was taken, where a resumed run may have changed it."""
+    last = read_batch(wanted.files[-1].path)
+    learner = type(recipe.learner).model_validate({**recipe.learner.model_dump(), **last.learner})
+    return recipe.model_copy(update={"steps": last.total_steps, "learner": learner})
 
 
 async def recomputed(
@@ -98,7 +104,12 @@ async def recomputed(
         recorded = read_batch(file.path)
         outcome = await _outcome(learner, recorded.batch)
         found.append(
-            Comparison(batch=recorded.batch, recorded=recorded.outcome, recomputed=outcome)
+            Comparison(
+                batch=recorded.batch,
+                recorded=recorded.outcome,
+                recomputed=outcome,
+                learner=recorded.learner,
+            )
         )
         on_batch(found[-1])
         if outcome.error is not None:
@@ -115,6 +126,12 @@ def explanation(wanted: RecordedStep, found: Sequence[Comparison]) -> Iterator[s
     yield f"the first to differ is step {batch.step}{' (stage)' if batch.is_stage else ''}, in " + (
         ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
     )
+    last = found[-1]
+    if changed := _changed(first.learner, last.learner):
+        yield (
+            f"it was taken with {changed[0]}, step {last.batch.step} with {changed[1]}; all are "
+            "recomputed with the latter, which rounds otherwise"
+        )
     ours, theirs = first.recorded.metrics or {}, first.recomputed.metrics or {}
     if first is found[0] and GAP in ours and GAP in theirs:
         limit = max(STRANGE_GAP, STRANGE_GAP_FACTOR * ours[GAP])
@@ -133,6 +150,20 @@ async def _outcome(learner: Learner, batch: TrainBatch) -> Outcome:
         place = error.place if isinstance(error, NonFinite) else None
         return Outcome(error=str(error), place=place)
     return Outcome(metrics=report.metrics)
+
+
+def _changed(
+    before: Mapping[str, JsonValue], after: Mapping[str, JsonValue]
+) -> tuple[str, str] | None:
+    """Settings that differ, as they were and as they are."""
+    names = sorted(name for name in before if before[name] != after.get(name))
+    if not names:
+        return None
+    then, now = (
+        ", ".join(f"learner.{name} {settings.get(name)}" for name in names)
+        for settings in (before, after)
+    )
+    return then, now
 
 
 def _same(a: float | None, b: float | None) -> bool:

@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from grpo.errors import Fatal, NonFinite
 from grpo.types import Float32, MeasureRequest, StepReport, TrainBatch, TrainRow, WeightRef
 from orchestration.batch_files import Outcome, RecordedBatch, forget_failure, write_batch
@@ -20,11 +22,18 @@ class RecordingLearner:
     """`keeps_all`: every batch; else only one that ends the run."""
 
     def __init__(
-        self, learner: StepLearner, run: Path, *, total_steps: int, keeps_all: bool
+        self,
+        learner: StepLearner,
+        run: Path,
+        *,
+        total_steps: int,
+        settings: Mapping[str, JsonValue],
+        keeps_all: bool,
     ) -> None:
         self._learner = learner
         self._run = run
         self._total_steps = total_steps
+        self._settings = settings
         self._keeps_all = keeps_all
 
     async def train(self, batch: TrainBatch) -> StepReport:
@@ -61,5 +70,7 @@ class RecordingLearner:
         )
 
     async def _write(self, batch: TrainBatch, outcome: Outcome) -> Path:
-        recorded = RecordedBatch(batch=batch, outcome=outcome, total_steps=self._total_steps)
+        recorded = RecordedBatch(
+            batch=batch, outcome=outcome, total_steps=self._total_steps, learner=self._settings
+        )
         return await asyncio.to_thread(write_batch, self._run, recorded)

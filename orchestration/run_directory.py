@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -116,9 +116,15 @@ class RunDirectory:
         return cls(path, _locked(path))
 
     @classmethod
-    def reopen(cls, path: Path, *, step: int) -> RunDirectory:
-        """Continue a run after `step`: later records go, because their steps will be done again."""
+    def reopen(
+        cls, path: Path, *, step: int, first: Callable[[], None] = lambda: None
+    ) -> RunDirectory:
+        """Continue a run after `step`: later records go, because their steps will be done again.
+
+        `first` is done before they go, once the run is this process's own.
+        """
         lock = _locked(path)
+        first()
         remarks = _cut_records_back(path, step)
         (path / SUMMARY_FILE).unlink(missing_ok=True)
         reopened = cls(path, lock)

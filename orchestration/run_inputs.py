@@ -23,10 +23,22 @@ from orchestration.resume import (
 )
 from rollout_workers.tokenization import Tokenization
 
-# Sections and settings; a checkpoint does not depend on how the learner is cut into ranks.
+# How the learner computes, not what: a checkpoint does not depend on it, and a run that does not
+# fit in memory must be able to go on otherwise. Recorded with every batch (batch_files.py).
+FREE_OF_LEARNER = frozenset(
+    {"ranks", "zero_stage", "backend", "offload", "reference_offload", "sequence_parallel"}
+    | {"max_tokens_per_microbatch", "gradient_checkpointing", "attn_implementation"}
+    | {"fused_log_probs", "cpus_per_rank", "gpus_per_rank"}
+)
+FREE_OF_ROLLOUT = frozenset(
+    {"workers", "cpus_per_worker", "gpus_per_worker", "max_concurrent_rollouts", "kv_cache_gib"}
+    | {"gpu_memory_utilization", "enforce_eager", "weight_transport"}
+)
+# Sections and settings.
 FREE_TO_CHANGE = frozenset(
     {"steps", "checkpoint", "evaluation", "alarms", "simulation", "trackers", "output"}
-    | {"learner.ranks", "learner.zero_stage", "learner.backend", "learner.offload"}
+    | {f"learner.{name}" for name in FREE_OF_LEARNER}
+    | {f"rollout.{name}" for name in FREE_OF_ROLLOUT}
 )
 
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from orchestration.batch_files import drop_later
-from orchestration.checkpoint import DriverState, encoded_state
+from orchestration.checkpoint import DriverState, abandon_later, encoded_state
 from orchestration.data_metrics import DataMetrics
 from orchestration.display import Display
 from orchestration.journal import RunJournal
@@ -145,7 +146,8 @@ def _run_directory(
     recipe = inputs.recipe
     if inputs.resume is not None:
         path, step = inputs.resume.run, inputs.progress_at(inputs.state).step
-        run = RunDirectory.reopen(path, step=step)
+        # In this order: a checkpoint whose records are cut off must not be one to resume from.
+        run = RunDirectory.reopen(path, step=step, first=partial(abandon_later, path, step))
         run.change_config(recipe.model_dump(mode="json"))  # in what may differ: `steps`, alarms
         drop_later(path, step)
         for found in run.remarks:

@@ -24,6 +24,7 @@ from orchestration.progress import Progress, planned_schedule
 from orchestration.recording import RecordingLearner
 from orchestration.resume import oldest_start
 from orchestration.roles import START_DEADLINE_S, Roles
+from orchestration.run_inputs import FREE_OF_LEARNER
 from orchestration.run_records import RunRecords
 from orchestration.saving import BoundedSaving, CheckpointReport, CheckpointSaver
 from orchestration.stage import WaitingRows
@@ -240,6 +241,8 @@ class Training:
                 self._roles.learner,
                 self._records.path,
                 total_steps=recipe.steps,
+                settings=recipe.learner.model_dump(mode="json", include=set(FREE_OF_LEARNER))
+                | {"ranks": self.num_ranks},
                 keeps_all=recipe.checkpoint.record_batches,
             ),
             prompt_at=self._inputs.prompts.at,

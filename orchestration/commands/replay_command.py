@@ -62,10 +62,10 @@ def _recomputed(wanted: RecordedStep, recipe: Recipe) -> list[Comparison]:
     from rich.console import Console
 
     from orchestration.display import Display
-    from orchestration.recompute import recomputed, total_steps_of
+    from orchestration.recompute import recipe_then, recomputed
     from orchestration.roles import started_learner
 
-    recipe = recipe.model_copy(update={"steps": total_steps_of(wanted)})
+    recipe = recipe_then(recipe, wanted)
 
     async def main(display: Display) -> list[Comparison]:
         async with started_learner(recipe, on_phase=display.phase) as learner:

@@ -224,6 +224,20 @@ def test_ranks_that_cannot_be_started_leave_those_there_were(whole: Left, tmp_pa
     assert [step["reward"] for step in left.steps] == [step["reward"] for step in whole.steps]
 
 
+def test_a_run_killed_right_after_it_went_back_goes_on_from_there(
+    whole: Left, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(whole.path, tmp_path / "run"))
+    inputs = read_inputs(recipe_of_run(run), str(run / "checkpoints" / "step_4"))
+    with Display.open() as display, opened_records(inputs, display):
+        pass  # killed before its first step
+    left = replace(whole, path=run)
+    found = read_inputs(recipe_of_run(run), str(run))
+    assert found.state is not None and found.state.step == 4
+    assert [step["step"] for step in left.steps] == [1, 2, 3, 4]
+    assert left.problems == ()
+
+
 def test_a_run_that_began_before_a_setting_existed_is_resumed(whole: Left, tmp_path: Path) -> None:
     run = Path(shutil.copytree(whole.path, tmp_path / "run"))
     recipe = recipe_of_run(run)

@@ -30,7 +30,7 @@ DONE = Outcome(metrics={"loss": 0.1 + 0.2, "grad_norm": float("nan")})
 
 
 def recorded(batch: TrainBatch, outcome: Outcome = DONE) -> RecordedBatch:
-    return RecordedBatch(batch=batch, outcome=outcome, total_steps=9)
+    return RecordedBatch(batch=batch, outcome=outcome, total_steps=9, learner={"ranks": 2})
 
 
 def assert_same_row(ours: TrainRow, theirs: TrainRow) -> None:
@@ -61,6 +61,7 @@ def test_a_batch_comes_back_bit_for_bit(tmp_path: Path) -> None:
     numbers = ("step", "version", "is_stage", "learning_rate_scale")
     assert [getattr(found.batch, n) for n in numbers] == [getattr(batch, n) for n in numbers]
     assert found.total_steps == 9
+    assert found.learner == {"ranks": 2}
     for ours, theirs in zip(found.batch.updates, batch.updates, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert_same_row(a, b)
@@ -134,7 +135,9 @@ class FailingLearner(FakeLearner):
 
 
 def train(learner: FakeLearner, run: Path, *, keeps_all: bool) -> None:
-    recording = RecordingLearner(learner, run, total_steps=9, keeps_all=keeps_all)
+    recording = RecordingLearner(
+        learner, run, total_steps=9, settings={"ranks": 2}, keeps_all=keeps_all
+    )
     asyncio.run(recording.train(batch_of(random_rows(2), step=7)))
 
 

@@ -13,6 +13,7 @@ import pytest
 from grpo.errors import Fatal, UserError
 from orchestration.checkpoint import (
     DriverState,
+    abandon_later,
     decoded_state,
     encoded_state,
     find_damage,
@@ -126,6 +127,26 @@ def test_going_on_from_an_older_checkpoint_abandons_the_later_ones(tmp_path: Pat
     assert names(tmp_path) == ["latest", "step_1", "step_2"]
     assert (path / "huggingface" / "model.safetensors").read_bytes() == b"second life"
     assert latest_checkpoint(tmp_path) == path
+
+
+def test_abandoned_checkpoints_are_never_chosen_again(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3, keep=3)
+    abandon_later(tmp_path, 2)
+    assert names(tmp_path) == ["latest", "step_1", "step_2"]
+    found = latest_checkpoint(tmp_path)
+    assert found is not None and found.name == "step_2"
+    abandon_later(tmp_path, 2)
+    assert names(tmp_path) == ["latest", "step_1", "step_2"]
+
+
+def test_the_marker_goes_back_before_anything_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, 2, 3, keep=3)
+    monkeypatch.setattr("orchestration.checkpoint.delete_checkpoints", lambda *_: None)
+    abandon_later(tmp_path, 1)  # killed in the middle
+    found = latest_checkpoint(tmp_path)
+    assert found is not None and found.name == "step_1"
 
 
 def test_a_run_without_checkpoints_has_no_latest_one(tmp_path: Path) -> None:

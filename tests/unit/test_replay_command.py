@@ -53,7 +53,13 @@ async def record(
 ) -> None:
     """Train on the batches as a run does; a checkpoint after step SAVED."""
     async with started_learner(recipe, on_phase=lambda _: None) as learner:
-        recording = RecordingLearner(learner, run, total_steps=recipe.steps, keeps_all=keeps_all)
+        recording = RecordingLearner(
+            learner,
+            run,
+            total_steps=recipe.steps,
+            settings={"max_tokens_per_microbatch": recipe.learner.max_tokens_per_microbatch},
+            keeps_all=keeps_all,
+        )
         for batch in batches:
             rows = [row for update in batch.updates for row in update]
             values = await learner.log_probs(rows)
@@ -147,6 +153,34 @@ def test_the_first_steps_come_out_from_the_initial_model(
     assert "bit for bit equal: step 2 from the initial model, every figure of 2 bat" in shown.out
     assert "recorded" in shown.out and "log_prob_gap/kl" in shown.out
     assert "step 2/2" in shown.err  # progress, apart from the result
+
+
+def with_learner(run: Path, **changes: Any) -> None:
+    """Resumed with other settings, as config.yaml has them afterwards."""
+    settings = yaml.safe_load((run / CONFIG_FILE).read_text())
+    settings["learner"] |= changes
+    (run / CONFIG_FILE).write_text(yaml.safe_dump(settings))
+
+
+def test_a_step_is_done_again_with_the_settings_that_it_had(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_learner(run, max_tokens_per_microbatch=40)
+    assert replayed(capsys, run, STEPS)[1]["is_equal"]
+    with_learner(run, learning_rate=2e-2)  # what is not recorded is the recipe's
+    assert not replayed(capsys, run, STEPS)[1]["is_equal"]
+
+
+def test_steps_that_had_other_settings_than_the_last_are_told(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / BATCHES / "step_5.npz"
+    write_batch(run, replace(read_batch(path), learner={"max_tokens_per_microbatch": 40}))
+    _, found = replayed(capsys, run, STEPS)
+    assert (
+        "it was taken with learner.max_tokens_per_microbatch 64, step 5 with "
+        "learner.max_tokens_per_microbatch 40" in found["reasons"][1]
+    )
 
 
 def test_a_stage_is_done_again_with_its_step(
