@@ -42,6 +42,7 @@ TARGETS: Mapping[str, str] = {
     "staleness_threshold": "max_staleness",
     "ppo_max_token_len_per_gpu": "learner.max_tokens_per_microbatch",
     "ulysses_sequence_parallel_size": "learner.sequence_parallel",
+    "use_fused_kernels": "learner.fused_log_probs",
     "ppo_epochs": "epochs_per_step",
     "data.train_files": "data.train",
     "data.val_files": "data.evaluation",
@@ -61,6 +62,8 @@ TARGETS: Mapping[str, str] = {
     "epsilon_high": "algorithm.epsilon_high",
     "beta": "algorithm.beta",
     "learning_rate": "learner.learning_rate",
+    "use_liger_loss": "learner.fused_log_probs",
+    "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization",
     # LoRA: OpenRLHF and verl, TRL
     "lora_rank": "learner.lora.rank",
     "lora_r": "learner.lora.rank",
