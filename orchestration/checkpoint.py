@@ -3,21 +3,17 @@
     RUN/checkpoints/step_40/     what the learner wrote, driver_state.json, manifest.json
     RUN/checkpoints/latest       the name of the folder to continue from
 
-A folder whose manifest does not fit is never chosen. Refuses to know when one is due (saving.py),
-what the learner writes and what the algorithm's state means.
+A folder whose manifest does not fit (manifest.py) is never chosen. Refuses to know when one is due
+(saving.py), what the learner writes and what the algorithm's state means.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
@@ -25,16 +21,20 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from grpo.engines import Checkpointed, SavedAside
 from grpo.errors import Fatal, UserError
 from grpo.pipeline import State
+from orchestration.manifest import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    find_damage,
+    flush_folder,
+    folder_name,
+    seal,
+    step_named,
+)
 from orchestration.run_directory import write_json
 
 CHECKPOINTS = "checkpoints"
 LATEST_FILE = "latest"
-MANIFEST_FILE = "manifest.json"
-STATE_FILE = "driver_state.json"
 FORMAT = 1  # raise it when a DriverState of today could be misread by the code of yesterday
-HASH_THREADS = 4  # learners write a file per rank; one thread hashes about 0.7 GB/s
-_PREFIX = "step_"
-Files = dict[str, dict[str, int | str]]  # by path within the checkpoint: bytes and sha256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +65,13 @@ def encoded_state(state: State) -> JsonValue:
 
 
 def decoded_state(initial: State, value: JsonValue) -> State:
-    """The state that `encoded_state` wrote, of the type of the pipeline's initial state."""
+    """The state that `encoded_state` wrote, of the type of the pipeline's initial state.
+
+    ValueError if it is of another one's.
+    """
     if initial is None:
-        assert value is None, f"the algorithm keeps no state, the checkpoint holds {value!r}"
+        if value is not None:
+            raise ValueError(f"the algorithm keeps no state, but was given {value!r:.60}")
         return None
     state: State = TypeAdapter(type(initial)).validate_json(json.dumps(value))
     return state
@@ -81,7 +85,7 @@ async def begin_checkpoint(
     `others` have a folder in it each, by its name.
     """
     root = run / CHECKPOINTS
-    draft = root / f".{_PREFIX}{step}.draft"
+    draft = root / f".{folder_name(step)}.draft"
     await asyncio.to_thread(_empty, root, draft)
     await learner.snapshot()
     for name, other in others.items():
@@ -98,7 +102,7 @@ async def complete_checkpoint(draft: Path, learner: SavedAside, state: DriverSta
                 f"the learner saved step {state.step}, but {draft / file} is not there where the "
                 "driver runs: `output` must name a folder that all nodes share"
             )
-    final = draft.with_name(f"{_PREFIX}{state.step}")
+    final = draft.with_name(folder_name(state.step))
     await asyncio.to_thread(_seal, draft, state)
     await asyncio.to_thread(_put_in_place, draft, final, state.step)
     return final
@@ -124,7 +128,10 @@ async def load_checkpoint(
 def read_driver_state(folder: Path) -> DriverState:
     """The driver's part of a checkpoint."""
     path = folder / STATE_FILE
-    data = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        data = TypeAdapter(dict[str, JsonValue]).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged: {error.errors()[0]['msg']}") from error
     found = data.pop("format", None)
     if found != FORMAT:
         raise UserError(
@@ -137,38 +144,27 @@ def read_driver_state(folder: Path) -> DriverState:
         raise UserError(f"{path} is not a driver state: {error}") from error
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """The folder that `latest` names if it is whole, else the newest whole one, if there is one."""
-    steps = sorted(saved_steps(run), reverse=True)
-    marked = marked_step(run, LATEST_FILE)
+def latest_checkpoint(run: Path, remark: Callable[[str], None] | None = None) -> Path | None:
+    """The folder that `latest` names if it is whole, else the newest whole one, if there is one.
+
+    `remark` is told once why another one is chosen than expected.
+    """
+    marked, passed = marked_step(run, LATEST_FILE), list[str]()
+    if marked is None and (run / CHECKPOINTS / LATEST_FILE).exists():
+        passed.append(f"{LATEST_FILE} is damaged: it names no checkpoint")
+    steps = sorted(saved_steps(run) | ({marked} if marked is not None else set()), reverse=True)
     steps.sort(key=lambda step: step != marked)  # stable: the others stay newest first
     for step in steps:
         folder = checkpoint_folder(run, step)
-        if find_damage(folder, checksums=False) is None:
-            return folder
+        damage = find_damage(folder, checksums=False)
+        if damage is not None:
+            passed.append(f"{folder.name} cannot be used: {damage}")
+            continue
+        if passed and remark is not None:
+            found = "; ".join(passed)
+            remark(f"{run / CHECKPOINTS}: {found}; {folder.name} is used instead")
+        return folder
     return None
-
-
-def find_damage(folder: Path, *, checksums: bool, below: str = "") -> str | None:
-    """What differs from the manifest, None if nothing; sizes always, contents if asked.
-
-    `below` is the beginning of the paths that matter.
-    """
-    manifest = folder / MANIFEST_FILE
-    if not manifest.exists():
-        return f"there is no {MANIFEST_FILE} (the checkpoint was not completed)"
-    try:
-        files: Files = json.loads(manifest.read_text("utf-8"))["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST_FILE} cannot be read ({error})"
-    files = {name: expected for name, expected in files.items() if name.startswith(below)}
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-    return _changed_contents(folder, files) if checksums else None
 
 
 def whole_steps(run: Path) -> list[int]:
@@ -180,16 +176,15 @@ def whole_steps(run: Path) -> list[int]:
 
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
-    return run / CHECKPOINTS / f"{_PREFIX}{step}"
+    return run / CHECKPOINTS / folder_name(step)
 
 
 def marked_step(run: Path, marker: str) -> int | None:
-    """The step that a marker names, None without one."""
+    """The step that a marker names, None without one and if it names none."""
     path = run / CHECKPOINTS / marker
     if not path.exists():
         return None
-    number = path.read_text(encoding="utf-8").strip().removeprefix(_PREFIX)
-    return int(number) if number.isdigit() else None
+    return step_named(path.read_text(encoding="utf-8", errors="replace").strip())
 
 
 def mark(run: Path, marker: str, step: int | None) -> None:
@@ -199,15 +194,15 @@ def mark(run: Path, marker: str, step: int | None) -> None:
         path.unlink(missing_ok=True)
         return
     draft = path.with_name(f".{marker}.draft")
-    draft.write_text(f"{_PREFIX}{step}\n", encoding="utf-8")
+    draft.write_text(f"{folder_name(step)}\n", encoding="utf-8")
     draft.replace(path)
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 def saved_steps(run: Path) -> set[int]:
     """Steps that have a folder, be it whole or not."""
-    numbers = [path.name.removeprefix(_PREFIX) for path in (run / CHECKPOINTS).glob(f"{_PREFIX}*")]
-    return {int(number) for number in numbers if number.isdigit()}
+    steps = {step_named(path.name) for path in (run / CHECKPOINTS).glob("step_*")}
+    return {step for step in steps if step is not None}
 
 
 def delete_checkpoints(run: Path, steps: Collection[int]) -> None:
@@ -229,23 +224,15 @@ def abandon_later(run: Path, step: int) -> None:
 
 def _empty(root: Path, draft: Path) -> None:
     """An empty draft folder; what an interrupted save left behind goes."""
-    for leftover in root.glob(f".{_PREFIX}*"):
+    for leftover in root.glob(".step_*"):
         shutil.rmtree(leftover)
     draft.mkdir(parents=True)
 
 
 def _seal(draft: Path, state: DriverState) -> None:
-    """Write the driver's state, then the manifest of all files; everything is on disk after it."""
+    """Write the driver's state, then the manifest; everything is on disk after it."""
     write_json(draft / STATE_FILE, {"format": FORMAT, **asdict(state)})
-    paths = sorted(path for path in draft.rglob("*") if path.is_file())
-    files = {
-        path.relative_to(draft).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, _digests(paths, flush=True), strict=True)
-    }
-    for folder in {path.parent for path in paths}:
-        _flush_folder(folder)
-    write_json(draft / MANIFEST_FILE, {"step": state.step, "files": files})
-    _flush_folder(draft)
+    seal(draft, state.step)
 
 
 def _put_in_place(draft: Path, final: Path, step: int) -> None:
@@ -254,38 +241,7 @@ def _put_in_place(draft: Path, final: Path, step: int) -> None:
     if final.exists():  # of a part of the run that was abandoned by resuming before it
         final.rename(old)
     draft.rename(final)
-    _flush_folder(final.parent)
+    flush_folder(final.parent)
     mark(final.parent.parent, LATEST_FILE, step)
     if old.exists():
         shutil.rmtree(old)
-
-
-def _changed_contents(folder: Path, files: Files) -> str | None:
-    for (name, expected), digest in zip(
-        files.items(), _digests([folder / name for name in files], flush=False), strict=True
-    ):
-        if digest != expected["sha256"]:
-            return f"the contents of {name} have changed"
-    return None
-
-
-def _digests(paths: Sequence[Path], *, flush: bool) -> list[str]:
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return list(pool.map(partial(_digest, flush=flush), paths))
-
-
-def _digest(path: Path, *, flush: bool) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if flush:
-            os.fsync(file.fileno())
-    return digest
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make renames within the folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,11 +16,11 @@ from orchestration.checkpoint import (
     CHECKPOINTS,
     LATEST_FILE,
     checkpoint_folder,
-    find_damage,
     latest_checkpoint,
     marked_step,
     whole_steps,
 )
+from orchestration.manifest import find_damage
 from orchestration.resume import known_runs
 from orchestration.run_directory import CONFIG_FILE, METRICS_FILE, write_json
 from orchestration.yaml_source import read_yaml

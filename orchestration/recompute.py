@@ -15,8 +15,8 @@ from pydantic import JsonValue
 from grpo.errors import CoveyError, NonFinite, UserError
 from grpo.types import TrainBatch
 from orchestration.batch_files import BatchFile, Outcome, batch_files, read_batch
-from orchestration.checkpoint import find_damage
 from orchestration.config import Recipe
+from orchestration.manifest import find_damage
 from orchestration.resume import whole_checkpoints
 from orchestration.roles import Learner
 

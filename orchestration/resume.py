@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.errors import UserError
-from orchestration.checkpoint import CHECKPOINTS, LATEST_FILE, find_damage, latest_checkpoint
+from orchestration.checkpoint import (
+    CHECKPOINTS,
+    LATEST_FILE,
+    checkpoint_folder,
+    latest_checkpoint,
+    saved_steps,
+)
+from orchestration.manifest import find_damage
 from orchestration.run_directory import CONFIG_FILE
 
 
@@ -20,6 +27,7 @@ class ResumePoint:
 
     run: Path
     checkpoint: Path | None  # None: it ended before its first one, and begins again
+    remarks: tuple[str, ...] = ()  # why it is not the checkpoint that one would expect
 
 
 def resolve_resume(argument: str, output: Path) -> ResumePoint:
@@ -35,7 +43,8 @@ def resolve_resume(argument: str, output: Path) -> ResumePoint:
         return ResumePoint(run=path.parent.parent, checkpoint=path)
     if not (path / CONFIG_FILE).is_file():
         raise UserError(f"--resume {argument}: {path} is no run folder: it has no {CONFIG_FILE}")
-    checkpoint = latest_checkpoint(path)
+    remarks = list[str]()
+    checkpoint = latest_checkpoint(path, remarks.append)
     torn = sorted((path / CHECKPOINTS).glob("step_*"))
     if checkpoint is None and torn:
         # Not a crash's doing: until a checkpoint is whole its folder has another name.
@@ -44,14 +53,14 @@ def resolve_resume(argument: str, output: Path) -> ResumePoint:
             f"{find_damage(torn[-1], checksums=False)}); put its files back, or start a new run "
             "without --resume"
         )
-    return ResumePoint(run=path, checkpoint=checkpoint)
+    return ResumePoint(run=path, checkpoint=checkpoint, remarks=tuple(remarks))
 
 
 def whole_checkpoints(run: Path) -> dict[int, Path]:
     """The folders of all complete checkpoints by step; contents are not compared."""
-    folders = [path for path in (run / CHECKPOINTS).glob("step_*") if path.name[5:].isdigit()]
+    folders = {step: checkpoint_folder(run, step) for step in saved_steps(run)}
     return {
-        int(path.name[5:]): path for path in folders if find_damage(path, checksums=False) is None
+        step: path for step, path in folders.items() if find_damage(path, checksums=False) is None
     }
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -30,6 +31,7 @@ METRICS_FILE = "metrics.jsonl"
 GROUPS_FILE = "groups.jsonl"
 SUMMARY_FILE = "summary.json"
 LOCK_FILE = ".lock"
+ID_FILE = "run_id"
 
 # Every line begins with its step, so that cutting back need not parse megabytes of tokens.
 _LINE_STEP = re.compile(rb'\{"step":(\d+)[,}]')
@@ -110,6 +112,7 @@ class RunDirectory:
         try:
             (draft / CONFIG_FILE).write_text(_as_yaml(config), encoding="utf-8")
             write_json(draft / VERSIONS_FILE, dict(versions))
+            (draft / ID_FILE).write_text(f"{uuid.uuid4().hex}\n", encoding="utf-8")
             path = _claim(draft, output / stem)
         finally:
             shutil.rmtree(draft, ignore_errors=True)  # unless it was renamed, it is half a run
@@ -162,6 +165,14 @@ class RunDirectory:
         self._metrics.close()
         self._groups.close()
         self._lock.close()
+
+
+def run_id(run: Path) -> str | None:
+    """What tells this run from all others, wherever its folder is moved; None: it has no id."""
+    try:
+        return (run / ID_FILE).read_text(encoding="utf-8", errors="replace").strip() or None
+    except OSError:
+        return None
 
 
 def version_changes(run: Path, versions: Mapping[str, str]) -> list[str]:

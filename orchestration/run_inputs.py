@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grpo.errors import UserError
-from grpo.pipeline import Pipeline
+from grpo.pipeline import Pipeline, State
 from grpo.types import Prompt
-from orchestration.checkpoint import DriverState, decoded_state, find_damage, read_driver_state
+from orchestration.checkpoint import DriverState, decoded_state, read_driver_state
 from orchestration.config import Recipe
 from orchestration.found_run import recipe_of_run
+from orchestration.manifest import find_damage
 from orchestration.progress import Progress
 from orchestration.prompt_order import PromptOrder, easy_to_hard
 from orchestration.prompts import load_prompts
@@ -63,9 +64,19 @@ class RunInputs:
             version=state.version,
             next_group=state.next_group,
             pending=state.pending,
-            algorithm_state=decoded_state(self.pipeline.initial_state, state.algorithm),
+            algorithm_state=self._algorithm_state(state),
             num_tokens=state.tokens["generated"],
         )
+
+    def _algorithm_state(self, state: DriverState) -> State:
+        try:
+            return decoded_state(self.pipeline.initial_state, state.algorithm)
+        except ValueError as error:
+            raise UserError(
+                f"the checkpoint of step {state.step} does not fit the algorithm "
+                f"{self.recipe.algorithm.name}: {error}. Name another checkpoint of the run, or "
+                "use the version of covey that wrote it (see versions.json of the run)"
+            ) from error
 
 
 def read_inputs(recipe: Recipe, resume: str | None) -> RunInputs:
@@ -79,6 +90,7 @@ def read_inputs(recipe: Recipe, resume: str | None) -> RunInputs:
     state = None
     if point is not None and point.checkpoint is not None:
         state = read_driver_state(point.checkpoint)
+        _require_same_seed(point.checkpoint, state, recipe)
     if state is not None and state.step > recipe.steps:
         raise UserError(
             f"the run is at step {state.step} and steps is {recipe.steps}: there is nothing left "
@@ -111,6 +123,15 @@ def _require_whole(checkpoint: Path | None) -> None:
         raise UserError(
             f"checkpoint {checkpoint} is damaged: {damage}. "
             "Name an older one: --resume RUN/checkpoints/step_N"
+        )
+
+
+def _require_same_seed(checkpoint: Path, state: DriverState, recipe: Recipe) -> None:
+    if state.seed != recipe.seed:
+        raise UserError(
+            f"checkpoint {checkpoint} was written under seed {state.seed}, the run has seed "
+            f"{recipe.seed}: it is of another run. Name a checkpoint of this one: "
+            "--resume RUN/checkpoints/step_N"
         )
 
 

@@ -150,6 +150,8 @@ def _run_directory(
         run = RunDirectory.reopen(path, step=step, first=partial(abandon_later, path, step))
         run.change_config(recipe.model_dump(mode="json"))  # in what may differ: `steps`, alarms
         drop_later(path, step)
+        for found in inputs.resume.remarks:
+            display.message(found)
         for found in run.remarks:
             display.message(f"the records are damaged: {found}")
         for change in version_changes(path, versions):

@@ -15,13 +15,9 @@ from pathlib import Path
 import pytest
 
 from learner.rank import LearnerRank
-from orchestration.checkpoint import (
-    find_damage,
-    latest_checkpoint,
-    load_checkpoint,
-    read_driver_state,
-)
+from orchestration.checkpoint import latest_checkpoint, load_checkpoint, read_driver_state
 from orchestration.local import LocalLearner
+from orchestration.manifest import find_damage
 from orchestration.recipe import CheckpointConfig
 from orchestration.saving import CheckpointSaver
 from tests.unit.checkpoint_cases import a_report, a_state

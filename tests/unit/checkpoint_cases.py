@@ -1,4 +1,4 @@
-"""A learner of one file, and checkpoints of it as a run saves them."""
+"""A learner of one file twice, and checkpoints of it as a run saves them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from orchestration.recipe import CheckpointConfig
 from orchestration.saving import CheckpointReport, CheckpointSaver
 
 FILE = "huggingface/model.safetensors"
+OWN_FILE = "learner/rank_0.safetensors"
 
 
 class FileLearner:
-    """A learner whose whole state is one file; it refuses a folder that is not empty."""
+    """A learner whose whole state is its model; it refuses a folder that is not empty."""
 
     def __init__(self, weights: bytes = b"w" * 1000) -> None:
         self.weights = weights
@@ -27,12 +28,13 @@ class FileLearner:
 
     async def write(self, folder: Path) -> Sequence[str]:
         assert list(folder.iterdir()) == []
-        (folder / FILE).parent.mkdir()
-        (folder / FILE).write_bytes(self.copy)
-        return [FILE]
+        for file in (FILE, OWN_FILE):
+            (folder / file).parent.mkdir()
+            (folder / file).write_bytes(self.copy)
+        return [FILE, OWN_FILE]
 
     async def load(self, folder: Path) -> None:
-        self.weights = (folder / FILE).read_bytes()
+        self.weights = (folder / OWN_FILE).read_bytes()
 
 
 def a_state(step: int) -> DriverState:

@@ -24,6 +24,7 @@ from orchestration.batch_files import (
 from orchestration.recording import RecordingLearner
 from orchestration.resume import oldest_start
 from tests.fakes import FakeLearner
+from tests.unit.checkpoint_cases import save
 from tests.unit.learner_cases import batch_of, random_rows
 
 DONE = Outcome(metrics={"loss": 0.1 + 0.2, "grad_norm": float("nan")})
@@ -115,10 +116,7 @@ def test_batches_go_back_to_the_oldest_checkpoint_and_the_initial_model_is_one(
     tmp_path: Path,
 ) -> None:
     assert oldest_start(tmp_path, keep=1) == 0
-    for step in (50, 100):
-        folder = tmp_path / "checkpoints" / f"step_{step}"
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text('{"files": {}}')
+    save(tmp_path, 50, 100)
     (tmp_path / "checkpoints" / "step_150").mkdir()  # never completed
     assert [oldest_start(tmp_path, keep=keep) for keep in (1, 2, 3, 4)] == [100, 50, 0, 0]
 

@@ -16,11 +16,11 @@ from orchestration.checkpoint import (
     abandon_later,
     decoded_state,
     encoded_state,
-    find_damage,
     latest_checkpoint,
     load_checkpoint,
     read_driver_state,
 )
+from orchestration.manifest import find_damage
 from tests.unit.checkpoint_cases import FileLearner, names, save, saved
 
 STATE = DriverState(
