@@ -5,8 +5,8 @@ Refuses to know what a model's files mean: the learner wrote them (learner/weigh
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from orchestration.checkpoint import (
     marked_step,
     whole_steps,
 )
-from orchestration.manifest import find_damage
+from orchestration.manifest import find_damage, folder_name, step_named
+from orchestration.metrics_file import read_metrics
 from orchestration.resume import known_runs
-from orchestration.run_directory import CONFIG_FILE, METRICS_FILE, write_json
+from orchestration.run_directory import CONFIG_FILE, write_json
 from orchestration.yaml_source import read_yaml
 
 # In a checkpoint.
@@ -46,11 +47,20 @@ class Origin:
 
 
 def export_model(
-    run_name: str, step_name: str, target: Path, *, force: bool, adapter: bool = False
+    run_name: str,
+    step_name: str,
+    target: Path,
+    *,
+    force: bool,
+    remark: Callable[[str], None],
+    adapter: bool = False,
 ) -> Origin:
-    """Copy the model of one step, or its adapter, into `target`: whole or not at all."""
+    """Copy the model of one step, or its adapter, into `target`: whole or not at all.
+
+    `remark` is told what is missing or damaged and does not prevent it.
+    """
     run = _run_folder(run_name)
-    step = _step(run, step_name)
+    step = _step(run, step_name, remark)
     folder = checkpoint_folder(run, step)
     part = ADAPTER_FOLDER if adapter else MODEL_FOLDER
     if adapter and not (folder / part).is_dir():
@@ -61,8 +71,9 @@ def export_model(
     damage = find_damage(folder, checksums=True, below=f"{part}/")
     if damage is not None:
         raise UserError(f"checkpoint {folder} is damaged: {damage}. {_choice(run)}")
+    _refuse_checkpoints(target)
     _refuse_occupied(target, force=force)
-    origin = _origin(run, step)
+    origin = _origin(run, step, remark)
     draft = target.with_name(f".{target.name}.draft")
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -84,23 +95,30 @@ def _run_folder(name: str) -> Path:
     raise UserError(f"{name}: there is no such run. {known_runs(RUNS)}")
 
 
-def _step(run: Path, name: str) -> int:
+def _step(run: Path, name: str, remark: Callable[[str], None]) -> int:
     if name == "latest":
-        folder = latest_checkpoint(run)
-        step = None if folder is None else int(folder.name.rpartition("_")[2])
+        folder = latest_checkpoint(run, remark)
+        step = None if folder is None else step_named(folder.name)
     elif name == "best":
-        step = marked_step(run, BEST_FILE)
-        if step is None and whole_steps(run):
-            raise UserError(
-                f"{run} has no best checkpoint: a run has one if it evaluates (data.evaluation) "
-                f"and keeps it (checkpoint.keep_best). {_choice(run)}"
-            )
-    elif name.isdigit():
-        step = int(name)
+        step = _best_step(run)
     else:
-        raise UserError(f"STEP is {name!r}; expected a number, latest or best. {_choice(run)}")
+        step = step_named(folder_name(name))
+        if step is None:
+            raise UserError(f"STEP is {name!r}; expected a number, latest or best. {_choice(run)}")
     if step is None or step not in whole_steps(run):
         raise UserError(f"{run} has no complete checkpoint of step {name}. {_choice(run)}")
+    return step
+
+
+def _best_step(run: Path) -> int | None:
+    step, marker = marked_step(run, BEST_FILE), run / CHECKPOINTS / BEST_FILE
+    if step is None and marker.exists():
+        raise UserError(f"{marker} is damaged: it names no checkpoint. {_choice(run)}")
+    if step is None and whole_steps(run):
+        raise UserError(
+            f"{run} has no best checkpoint: a run has one if it evaluates (data.evaluation) "
+            f"and keeps it (checkpoint.keep_best). {_choice(run)}"
+        )
     return step
 
 
@@ -114,6 +132,17 @@ def _choice(run: Path) -> str:
         for step in whole_steps(run)
     ]
     return f"Steps in {run / CHECKPOINTS}: {', '.join(steps) or 'none'}"
+
+
+def _refuse_checkpoints(target: Path) -> None:
+    """Whatever is in them is a run's own, and sealed."""
+    path = target.resolve()
+    for folder in (path, *path.parents):
+        if folder.name == CHECKPOINTS and (folder.parent / CONFIG_FILE).is_file():
+            raise UserError(
+                f"DIR is {target}, which is among the checkpoints of {folder.parent}; name a "
+                "folder outside of them"
+            )
 
 
 def _refuse_occupied(target: Path, *, force: bool) -> None:
@@ -136,26 +165,21 @@ def _refuse_occupied(target: Path, *, force: bool) -> None:
         )
 
 
-def _origin(run: Path, step: int) -> Origin:
+def _origin(run: Path, step: int, remark: Callable[[str], None]) -> Origin:
     recipe = read_yaml(run / CONFIG_FILE).data
     return Origin(
         run=run.name,
         step=step,
         model=recipe["model"],
         algorithm=recipe["algorithm"],
-        metrics=_metrics_at(run / METRICS_FILE, step),
+        metrics=_metrics_at(run, step, remark),
     )
 
 
-def _metrics_at(file: Path, step: int) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            # A line without an end is being written, or was when the process died.
-            if line.startswith(f'{{"step":{step},') and line.endswith("\n"):
-                metrics |= json.loads(line)
+def _metrics_at(run: Path, step: int, remark: Callable[[str], None]) -> dict[str, float]:
+    metrics = read_metrics(run, remark, step=step).get(step, {})
     return {
         name: value
         for name, value in metrics.items()
-        if name != "step" and value is not None and not name.startswith(_NOT_OF_THE_MODEL)
+        if value is not None and not name.startswith(_NOT_OF_THE_MODEL)
     }

@@ -42,7 +42,7 @@ class Manifest(Schema):
     files: dict[str, SealedFile]  # by path within the checkpoint
 
 
-def folder_name(step: int) -> str:
+def folder_name(step: int | str) -> str:
     """Of the checkpoint of a step."""
     return f"{_PREFIX}{step}"
 

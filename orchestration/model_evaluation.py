@@ -42,7 +42,7 @@ def evaluate_model(
     on_phase: Callable[[str], None],
 ) -> EvalReport:
     """Load the model, complete and score every prompt; UserError for what cannot be found."""
-    folder = model_folder(model)
+    folder = model_folder(model, on_phase)
     model_facts(folder, 1)
     positions = num_positions(folder)
     if positions is not None and max_prompt_length + max_completion_length > positions:
@@ -69,11 +69,11 @@ def evaluate_model(
     )
 
 
-def model_folder(model: Path) -> str:
+def model_folder(model: Path, remark: Callable[[str], None]) -> str:
     """The folder that transformers can load: of a model, a checkpoint or a run; else a hub id."""
     if not model.is_dir():
         return str(model)
-    latest = latest_checkpoint(model)
+    latest = latest_checkpoint(model, remark)
     for folder in (model, model / "huggingface", *([latest / "huggingface"] if latest else [])):
         if (folder / "config.json").is_file():
             return str(folder.resolve())

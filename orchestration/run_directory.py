@@ -34,7 +34,7 @@ LOCK_FILE = ".lock"
 ID_FILE = "run_id"
 
 # Every line begins with its step, so that cutting back need not parse megabytes of tokens.
-_LINE_STEP = re.compile(rb'\{"step":(\d+)[,}]')
+LINE_STEP = re.compile(rb'\{"step":(\d+)[,}]')
 # The folder's name is used in shells and URLs.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -276,7 +276,7 @@ def _cut_back(path: Path, step: int) -> int:
         for line in source:
             if not line.endswith(b"\n"):
                 continue  # it was being written when the process died
-            found = _LINE_STEP.match(line)
+            found = LINE_STEP.match(line)
             num_strange += found is None
             if found is not None and int(found[1]) <= step:
                 target.write(line)

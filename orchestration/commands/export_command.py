@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestration.commands.output import say
+from orchestration.commands.output import remark, say
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -36,7 +36,12 @@ def run(arguments: Sequence[str]) -> int:
 
     target = options.target.absolute()
     origin = export_model(
-        options.run, options.step, target, force=options.force, adapter=options.adapter
+        options.run,
+        options.step,
+        target,
+        force=options.force,
+        adapter=options.adapter,
+        remark=remark,
     )
     if options.json:
         say(json.dumps({"path": str(target), **asdict(origin)}, indent=2))

@@ -43,9 +43,9 @@ def test_a_reward_function_can_judge_instead_of_a_rule(
 def test_a_checkpoint_counts_as_its_export(tmp_path: Path) -> None:
     checkpoint = tmp_path / "step_2"
     shutil.copytree(MODEL, checkpoint / "huggingface")
-    assert model_folder(checkpoint) == str(checkpoint / "huggingface")
+    assert model_folder(checkpoint, print) == str(checkpoint / "huggingface")
     with pytest.raises(UserError, match=r"holds neither config\.json nor a checkpoint"):
-        model_folder(tmp_path)
+        model_folder(tmp_path, print)
 
 
 def test_missing_things_are_the_users_mistake(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orchestration import cli
 from orchestration.local import LocalLearner
 from orchestration.run_directory import RunDirectory
-from tests.unit.checkpoint_cases import a_report, save
+from tests.unit.checkpoint_cases import FILE, a_report, save
 from tests.unit.learner_cases import batch_of, random_rows, rank_of, torch_config, write_model
 
 CONFIG = {
@@ -171,3 +171,59 @@ def test_a_folder_that_is_in_use_is_replaced_only_if_asked_and_only_if_it_is_a_m
     (tmp_path / "home" / "letter").write_text("dear")
     assert "holds no model" in refusal(capsys, run, "2", tmp_path / "home", "--force")
     assert (tmp_path / "home" / "letter").exists()
+
+
+def test_an_older_model_than_the_latest_is_not_given_in_silence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "checkpoints" / "step_4" / FILE).write_bytes(b"w" * 100)
+    assert cli.main(["export", str(run), "latest", str(tmp_path / "out"), "--json"]) == 0
+    found = capsys.readouterr()
+    assert json.loads(found.out)["step"] == 2
+    assert found.err.count("\n") == 1
+    assert f"step_4 cannot be used: {FILE} has 100 bytes instead of 1000" in found.err
+    assert "step_2 is used instead" in found.err
+
+
+@pytest.mark.parametrize("damage", ["gone", "torn"])
+def test_metrics_that_are_lost_cost_the_origin_its_metrics_and_nothing_else(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    metrics = run / "metrics.jsonl"
+    if damage == "gone":
+        metrics.unlink()
+    else:
+        metrics.write_bytes(metrics.read_bytes().replace(b'{"step":2,"reward"', b'{"step":2,\xff'))
+    assert cli.main(["export", str(run), "2", str(tmp_path / "out"), "--json"]) == 0
+    found = capsys.readouterr()
+    expected = {} if damage == "gone" else {"eval/pass@1": 0.5}
+    assert json.loads(found.out)["metrics"] == expected
+    assert "metrics.jsonl" in found.err
+
+
+@pytest.mark.parametrize("name", ["\u00b2", "\u0664", "-4", "04", ""])
+def test_only_the_number_of_a_step_is_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    arguments = (run, "--", name, tmp_path / "out") if name == "-4" else (run, name, tmp_path / "o")
+    assert "expected a number, latest or best" in refusal(capsys, *arguments)
+
+
+def test_a_damaged_best_marker_is_not_taken_for_a_run_without_best(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "checkpoints" / "best").write_bytes(b"\xf3tep_2\n")
+    message = refusal(capsys, run, "best", tmp_path / "out")
+    assert "best is damaged: it names no checkpoint. Steps in" in message
+
+
+@pytest.mark.parametrize("place", ["", "new", "step_2/huggingface", "step_4/new/deeper"])
+def test_nothing_is_exported_into_the_checkpoints_of_a_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    (run / "checkpoints/step_2/huggingface/config.json").write_text("{}")
+    before = sorted((run / "checkpoints").rglob("*"))
+    (tmp_path / "link").symlink_to(run / "checkpoints")
+    for target in (run / "checkpoints" / place, tmp_path / "link" / place):
+        assert "is among the checkpoints of" in refusal(capsys, run, "4", target, "--force")
+    assert sorted((run / "checkpoints").rglob("*")) == before
