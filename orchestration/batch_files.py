@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +29,9 @@ from orchestration.row_arrays import Arrays, row_arrays, rows_of
 BATCHES = "batches"
 FORMAT = 1  # raise it when a file of today could be misread by the code of yesterday
 HEADER = "header"
+# What zipfile raises where a directory is damaged. RuntimeError: an entry seems to be encrypted, or
+# (NotImplementedError) compressed in a way that is not known.
+_OF_DAMAGE = (OSError, EOFError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
 _NAME = re.compile(r"(failed_)?step_(\d+)(_stage)?\.npz")
 
 
@@ -92,10 +97,9 @@ def forget_failure(run: Path, batch: TrainBatch) -> None:
 def read_batch(path: Path) -> RecordedBatch:
     """What `write_batch` wrote; rows that updates share are the same objects again."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = _whole_arrays(path)
         header = TypeAdapter(_Header).validate_json(arrays.pop(HEADER).tobytes())
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (*_OF_DAMAGE, ValueError, KeyError) as error:
         raise UserError(f"{path} is no recorded batch, or is damaged: {error}") from error
     if header.format != FORMAT:
         raise UserError(
@@ -152,6 +156,20 @@ def drop_earlier(run: Path, step: int) -> None:
 def _path(run: Path, batch: TrainBatch, *, is_failed: bool) -> Path:
     failed, stage = "failed_" if is_failed else "", "_stage" if batch.is_stage else ""
     return run / BATCHES / f"{failed}step_{batch.step}{stage}.npz"
+
+
+def _whole_arrays(path: Path) -> Arrays:
+    """All arrays of a file, after every checksum in it was found to be right.
+
+    numpy trusts the shape that it reads: of an array that seems to be shorter than it is, the rest
+    would be left out in silence.
+    """
+    with zipfile.ZipFile(path) as file:
+        wrong = file.testzip()
+    if wrong is not None:
+        raise ValueError(f"the contents of {wrong} have changed")
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def _arrays(recorded: RecordedBatch) -> Arrays:

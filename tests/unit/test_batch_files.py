@@ -90,6 +90,26 @@ def test_a_file_that_is_none_is_said_to_be_damaged(tmp_path: Path) -> None:
             read_batch(path)
 
 
+@pytest.mark.parametrize("bit", [0, 3, 7])
+def test_one_bit_of_a_file_is_noticed_or_changes_nothing(tmp_path: Path, bit: int) -> None:
+    rows = random_rows(2)
+    path = write_batch(tmp_path, recorded(batch_of(rows, step=1)))
+    whole = path.read_bytes()
+    num_noticed, directory = 0, whole.index(b"PK\x01\x02")
+    # All of the directory, where zipfile raises what it likes; now and then one before it.
+    for place in [*range(0, directory, 41), *range(directory, len(whole))]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        try:
+            found = read_batch(path).batch
+        except UserError as error:
+            assert "is no recorded batch, or is damaged" in str(error)
+            num_noticed += 1
+            continue
+        for ours, theirs in zip(found.updates[0], rows, strict=True):
+            assert_same_row(ours, theirs)
+    assert num_noticed > 100
+
+
 def test_files_of_a_write_that_was_cut_off_are_not_seen(tmp_path: Path) -> None:
     write_steps(tmp_path, 1)
     (tmp_path / "batches" / ".step_2.npz.draft").write_bytes(b"half")
