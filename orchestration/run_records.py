@@ -6,7 +6,7 @@ what is trained and when a checkpoint is due.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from orchestration.batch_files import drop_later
+from orchestration.best import mend_evaluations
 from orchestration.checkpoint import DriverState, abandon_later, encoded_state
 from orchestration.data_metrics import DataMetrics
 from orchestration.display import Display
@@ -147,7 +148,9 @@ def _run_directory(
     if inputs.resume is not None:
         path, step = inputs.resume.run, inputs.progress_at(inputs.state).step
         # In this order: a checkpoint whose records are cut off must not be one to resume from.
-        run = RunDirectory.reopen(path, step=step, first=partial(abandon_later, path, step))
+        run = RunDirectory.reopen(
+            path, step=step, first=partial(_take_checkpoints_back, path, step, display.message)
+        )
         run.change_config(recipe.model_dump(mode="json"))  # in what may differ: `steps`, alarms
         drop_later(path, step)
         for found in inputs.resume.remarks:
@@ -166,3 +169,8 @@ def _run_directory(
         )
     display.message(f"run folder: {run.path}")
     return run
+
+
+def _take_checkpoints_back(run: Path, step: int, remark: Callable[[str], None]) -> None:
+    mend_evaluations(run, step, remark)
+    abandon_later(run, step)
