@@ -33,7 +33,7 @@ class HeldOut:
         """The starting model; a resumed run keeps the figures that it began with."""
         path, inputs = self._records.path / BEFORE_FILE, self._records.inputs
         if inputs.resume is not None:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # gone or damaged: the summary lacks them
                 self._records.before = json.loads(path.read_text("utf-8"))
         if inputs.state is None and self._prompts and self._records.before is None:
             self._before = await self.measured("before", 0)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
 from grpo.errors import UserError
@@ -176,8 +177,16 @@ def run_id(run: Path) -> str | None:
 
 
 def version_changes(run: Path, versions: Mapping[str, str]) -> list[str]:
-    """What differs from the software that began the run: `torch 2.11.0 -> 2.13.0`, ..."""
-    before: dict[str, str] = json.loads((run / VERSIONS_FILE).read_text(encoding="utf-8"))
+    """What differs from the software that began the run: `torch 2.11.0 -> 2.13.0`, ...
+
+    One entry that says so if it is not known what began it.
+    """
+    try:
+        text = (run / VERSIONS_FILE).read_bytes()
+        before = TypeAdapter(dict[str, str]).validate_json(text)
+    except (OSError, ValidationError) as error:
+        what = "gone" if isinstance(error, FileNotFoundError) else "damaged"
+        return [f"not known, as {VERSIONS_FILE} is {what}"]
     names = sorted(before.keys() | versions.keys())
     pairs = [(name, before.get(name, "none"), versions.get(name, "none")) for name in names]
     return [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]

@@ -158,7 +158,7 @@ def _run_directory(
         for found in run.remarks:
             display.message(f"the records are damaged: {found}")
         for change in version_changes(path, versions):
-            display.message(f"software changed since this run began: {change}")
+            display.message(f"software changes since this run began: {change}")
     else:
         run = RunDirectory.create(
             Path(recipe.output),

@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     wanted = recorded_step(folder, options.step)
     changes = version_changes(folder, software_versions())
     for change in changes:
-        remark(f"software changed since this run began: {change}")
+        remark(f"software changes since this run began: {change}")
     found = _recomputed(wanted, recipe)
     faulty = _faulty(found[-1], recipe)
     is_equal = not any(item.differing for item in found)

@@ -145,6 +145,17 @@ def test_software_that_changed_since_the_run_began_is_named(tmp_path: Path) -> N
     assert version_changes(run.path, now) == ["ray none -> 2.60.0", "torch 2.13.0 -> 2.14.0"]
 
 
+@pytest.mark.parametrize("damage", [None, b"", b"{", b"[]", b"\xff\xfe{", b'{"torch": 2}'])
+def test_software_that_is_not_known_any_more_is_said(tmp_path: Path, damage: bytes | None) -> None:
+    run = make(tmp_path)
+    if damage is None:
+        (run.path / "versions.json").unlink()
+    else:
+        (run.path / "versions.json").write_bytes(damage)
+    what = "gone" if damage is None else "damaged"
+    assert version_changes(run.path, {}) == [f"not known, as versions.json is {what}"]
+
+
 def test_a_run_that_is_being_written_cannot_be_continued_by_another(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.append_metrics(9, {"reward": 1.0})
