@@ -46,7 +46,7 @@ def trainee_of(
     row_cost: RowCost = BY_TOKENS,
     **settings: object,
 ) -> Trainee:
-    config = torch_config(**settings)
+    config = torch_config(max_tokens_per_microbatch=max_tokens, **settings)
     return Trainee(
         backend=TorchBackend(load_policy(model, config, temperature=TEMPERATURE), config),
         objective=algorithm_objective(EVERYTHING),
@@ -56,7 +56,7 @@ def trainee_of(
             is_moving=False,
             is_offloaded=False,
         ),
-        max_tokens=max_tokens,
+        config=config,
         row_cost=row_cost,
         rank=0,
         ranks=1,
