@@ -16,6 +16,18 @@ from grpo.objective import LossInputs
 from grpo.types import TrainRow
 from learner.packing import Block
 
+ENGINE, POLICY, ENTROPY = (
+    "log-probability of the rollout engine",
+    "log-probability of the policy",
+    "entropy",
+)
+# What a policy gives whose weights are useless, whoever computes it.
+OF_THE_WEIGHTS = (ENGINE, POLICY, ENTROPY)
+SPOILT_WEIGHTS = (
+    "an update before this one may have made the weights useless: lower learner.learning_rate and "
+    "resume from a checkpoint before it"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
@@ -40,10 +52,10 @@ def non_finite_cause(inputs: LossInputs, rows: Sequence[TrainRow], loss: float) 
         "weight": inputs.weights,
         "advantage": inputs.advantages,
         "policy weight": inputs.policy_weights,
-        "log-probability of the rollout engine": inputs.behaviour_log_probs,
+        ENGINE: inputs.behaviour_log_probs,
         "log-probability of the reference": inputs.reference_log_probs,
-        "log-probability of the policy": inputs.log_probs,
-        "entropy": inputs.entropy,
+        POLICY: inputs.log_probs,
+        ENTROPY: inputs.entropy,
         "ratio to the policy that sampled": (proximal - inputs.behaviour_log_probs).exp(),
         "ratio to the policy at the start of the step": (inputs.log_probs - proximal).exp(),
     }
@@ -51,9 +63,10 @@ def non_finite_cause(inputs: LossInputs, rows: Sequence[TrainRow], loss: float) 
         bad = [] if values is None else (~torch.isfinite(values)).nonzero().flatten().tolist()
         if values is not None and bad:
             place = _place(inputs.row, rows, bad[0])
+            blamed = f"; {SPOILT_WEIGHTS}" if name in OF_THE_WEIGHTS else ""
             return Cause(
                 text=f"the {name} is {values[bad[0]].item()} at {_words(place)} (and of "
-                f"{len(bad) - 1} more tokens of its micro-batch), so the loss is {loss}",
+                f"{len(bad) - 1} more tokens of its micro-batch), so the loss is {loss}{blamed}",
                 place=place,
             )
     groups = sorted({row.group for row in rows})
