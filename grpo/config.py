@@ -5,15 +5,35 @@ Light on purpose: importing it loads neither torch nor any engine.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 class Schema(BaseModel):
     """A frozen record that refuses unknown keys. A default lives here and nowhere else."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_number_is_no_boolean(cls, value: object, info: ValidationInfo) -> object:
+        """Python counts true as 1, so a rate of `true` would be one."""
+        assert info.field_name is not None
+        annotation = cls.model_fields[info.field_name].annotation
+        # A union's types and the types of a Literal's values.
+        parts = (annotation, *get_args(annotation))
+        kinds = {part if isinstance(part, type) else type(part) for part in parts}
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError(f"found {str(value).lower()}; expected a number")
+        return value
 
 
 class AlgorithmConfig(Schema):

@@ -56,7 +56,13 @@ def turns(groups: Sequence[Sequence[TrainRow]], *, ranks: int) -> list[list[int]
 
 def _alone(trainee: Trainee, group: Sequence[TrainRow]) -> list[Block]:
     """A group's micro-batches, all of them for one rank."""
-    return blocks(group, max_tokens=trainee.max_tokens, rank=0, ranks=1, cost=trainee.row_cost)
+    return blocks(
+        group,
+        max_tokens=trainee.config.max_tokens_per_microbatch,
+        rank=0,
+        ranks=1,
+        cost=trainee.row_cost,
+    )
 
 
 def _measure(measures: Sequence[Measure], name: str) -> Measure:

@@ -1,7 +1,10 @@
 """Log-probabilities and entropy over a vocabulary, some tokens at a time, forward and backward.
 
 What a chunk computes is forgotten and computed again in the backward pass, in place: two arrays of
-[chunk, V] exist at once, whatever N is. Refuses to know whose weights these are.
+[chunk, V] exist at once, whatever N is. The gradient of the weights is summed in float32: a sum in
+bfloat16 that grows over 64 chunks is 1 % off, over 256 2 %, and a single product 0.24 %. That takes
+6 bytes a weight for the time of the backward pass (the sum, and a chunk's product in bfloat16),
+where the weights are of bfloat16. Refuses to know whose weights these are.
 Legend: N tokens, n of a chunk, H hidden size, V vocabulary.
 """
 
@@ -79,8 +82,8 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *of_tokens = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        grad_weight = _zeros(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = None if bias is None else _zeros(bias)
         for start in range(0, len(hidden), ctx.chunk_tokens):
             here = slice(start, start + ctx.chunk_tokens)
             grad = ctx.maths.gradient(
@@ -90,11 +93,25 @@ class _Chunked(torch.autograd.Function):
             )
             grad_hidden[here] = grad @ weight
             if grad_weight is not None:
-                grad_weight.addmm_(grad.T, hidden[here].to(weight.dtype))
+                _add_product(grad_weight, grad.T, hidden[here].to(weight.dtype))
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
+                grad_bias += grad.sum(0, dtype=grad_bias.dtype)
             del grad  # before the next chunk makes its own
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        grads = (None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
+        return grad_hidden, *grads, None, None, None, None
+
+
+def _zeros(weight: Tensor) -> Tensor:
+    """To sum a gradient in: of float32 at least."""
+    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without an array for the product where all are of one type."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _sums(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

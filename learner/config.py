@@ -50,6 +50,17 @@ class LoraConfig(Schema):
             )
         return value
 
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _is_a_list_of_names(cls, value: object) -> object:
+        is_list = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+        if value != "all-linear" and not is_list:
+            example = value if isinstance(value, str) else "q_proj, v_proj"
+            raise ValueError(
+                f"found {value!r}; expected all-linear or a list of names, as [{example}]"
+            )
+        return value
+
     @field_validator("target_modules")
     @classmethod
     def _names_a_layer(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -102,7 +113,9 @@ class LearnerConfig(Schema):
     publish_dtype: DType | None = Field(
         None, description="of published weights, the rollout workers' dtype; null: same as dtype"
     )
-    learning_rate: float = Field(1e-6, ge=0)
+    learning_rate: float = Field(
+        1e-6, ge=0, le=1, description="AdamW moves each weight by about so much in a step"
+    )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="after warm-up; linear and cosine fall to 0 over the run's steps"
     )

@@ -1,24 +1,32 @@
-"""What stopped a step: which number of which token is none, which micro-batch did not fit.
+"""What stopped a step: which number of which token is none.
 
 Words only: refuses to know the backend and what the driver makes of the error. N tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from grpo.errors import NonFinite, OutOfMemory
+from grpo.errors import NonFinite
 from grpo.objective import LossInputs
 from grpo.types import TrainRow
 from learner.packing import Block
 
-# How PyTorch's CPU allocator names itself when it fails; it raises a plain RuntimeError.
-CPU_ALLOCATOR = "DefaultCPUAllocator"
+ENGINE, POLICY, ENTROPY = (
+    "log-probability of the rollout engine",
+    "log-probability of the policy",
+    "entropy",
+)
+# What a policy gives whose weights are useless, whoever computes it.
+OF_THE_WEIGHTS = (ENGINE, POLICY, ENTROPY)
+SPOILT_WEIGHTS = (
+    "an update before this one may have made the weights useless: lower learner.learning_rate and "
+    "resume from a checkpoint before it"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +52,10 @@ def non_finite_cause(inputs: LossInputs, rows: Sequence[TrainRow], loss: float) 
         "weight": inputs.weights,
         "advantage": inputs.advantages,
         "policy weight": inputs.policy_weights,
-        "log-probability of the rollout engine": inputs.behaviour_log_probs,
+        ENGINE: inputs.behaviour_log_probs,
         "log-probability of the reference": inputs.reference_log_probs,
-        "log-probability of the policy": inputs.log_probs,
-        "entropy": inputs.entropy,
+        POLICY: inputs.log_probs,
+        ENTROPY: inputs.entropy,
         "ratio to the policy that sampled": (proximal - inputs.behaviour_log_probs).exp(),
         "ratio to the policy at the start of the step": (inputs.log_probs - proximal).exp(),
     }
@@ -55,9 +63,10 @@ def non_finite_cause(inputs: LossInputs, rows: Sequence[TrainRow], loss: float) 
         bad = [] if values is None else (~torch.isfinite(values)).nonzero().flatten().tolist()
         if values is not None and bad:
             place = _place(inputs.row, rows, bad[0])
+            blamed = f"; {SPOILT_WEIGHTS}" if name in OF_THE_WEIGHTS else ""
             return Cause(
                 text=f"the {name} is {values[bad[0]].item()} at {_words(place)} (and of "
-                f"{len(bad) - 1} more tokens of its micro-batch), so the loss is {loss}",
+                f"{len(bad) - 1} more tokens of its micro-batch), so the loss is {loss}{blamed}",
                 place=place,
             )
     groups = sorted({row.group for row in rows})
@@ -104,48 +113,6 @@ def raise_for_gradient(
     )
     error.place = None if cause is None else cause.place
     raise error
-
-
-@contextmanager
-def room_for(
-    block: Block, phase: str, *, max_tokens: int, is_checkpointing: bool
-) -> Iterator[None]:
-    """An allocator's error in the block's pass becomes OutOfMemory with the remedy."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not is_out_of_memory(error):
-            raise
-        said = str(error).strip().splitlines()[0]
-        remedy = memory_remedy(block, max_tokens=max_tokens, is_checkpointing=is_checkpointing)
-        raise OutOfMemory(
-            f"the learner ran out of memory in the {phase} of a micro-batch of "
-            f"{block.input_ids.numel()} tokens ({len(block.rows)} rollouts): {remedy}. The "
-            f"allocator said: {said}"
-        ) from error
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator raised it, of a device or of the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
-
-
-def memory_remedy(block: Block, *, max_tokens: int, is_checkpointing: bool) -> str:
-    """Which budget to lower, and to what: half of what did not fit, where rows can be parted."""
-    longest = max(row.num_tokens for row in block.rows)
-    if len(block.rows) > 1:
-        target = max(longest, min(max_tokens, block.input_ids.numel()) // 2)
-        return f"lower learner.max_tokens_per_microbatch: {max_tokens} -> {target}"
-    row = block.rows[0]
-    shorter = (
-        f"lower sampling.max_completion_length (its completion has {len(row.tokens)} tokens, its "
-        f"context {len(row.context)})"
-    )
-    if is_checkpointing:
-        return f"one rollout alone is too long, so {shorter}"
-    return (
-        f"one rollout alone is too long, so set learner.gradient_checkpointing: true or {shorter}"
-    )
 
 
 def _place(row_of: Tensor, rows: Sequence[TrainRow], token: int) -> tuple[int, int, int]:

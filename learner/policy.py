@@ -237,14 +237,33 @@ def refuse_unpackable(model: PreTrainedModel, name: str) -> None:
     model.set_attn_implementation("eager")
     alone = model(input_ids=tokens[:, 7:], use_cache=False).logits.float().log_softmax(-1)
     model.set_attn_implementation(chosen)
+    if not (packed.isfinite().all() and alone.isfinite().all()):
+        raise UserError(
+            f"model {name} answers with log-probabilities that are no numbers: {_spoilt(model)}"
+        )
     gap = (packed - alone).abs().mean().item()
-    if not gap <= PROBE_TOLERANCE[model.dtype]:
+    if gap > PROBE_TOLERANCE[model.dtype]:
         raise UserError(
             f"model {name} ({type(model).__name__}) cannot be trained here: a row packed behind "
             f"another gets log-probabilities that differ by {gap:.3g} from the model's own. Its "
             "layers see across rows, or its logits are scaled after the output layer. Choose a "
             "decoder with plain attention and an unscaled output layer (Qwen, Llama, Mistral)"
         )
+
+
+def _spoilt(model: PreTrainedModel) -> str:
+    """What a user can do about it: the weights that are no numbers, or the type of all of them."""
+    bad = [key for key, weight in model.state_dict().items() if not weight.isfinite().all()]
+    if not bad:
+        return (
+            f"all its weights are finite, so its activations overflow in {model.dtype}; set "
+            "learner.dtype to the type that it was trained in"
+        )
+    others = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return (
+        f"found NaN or infinity in {', '.join(bad[:3])}{others}, expected finite weights. Copy or "
+        "download the model again, or start from a checkpoint before the one that spoilt it"
+    )
 
 
 def refuse_unshareable(model: PreTrainedModel, sequence_parallel: int) -> None:

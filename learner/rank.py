@@ -29,6 +29,7 @@ from learner.config import LearnerConfig, LoraConfig
 from learner.environment import rank_environment
 from learner.policy import Adapters, Policy, load_policy, refuse_unshareable
 from learner.reference import Reference, WithoutAdapters
+from learner.room import room_for_state
 from learner.row_cost import RowCost
 from learner.scalar import Scalar
 from learner.schedule import learning_rate_at
@@ -98,6 +99,10 @@ class LearnerRank:
         )
         torch.set_num_threads(self._config.cpus_per_rank)
         torch.manual_seed(self._seed)
+        with room_for_state("start", self._config, has_second_model=self._copies_initial):
+            self._build()
+
+    def _build(self) -> None:
         policy = load_policy(self._model, self._config, temperature=self._temperature)
         refuse_unshareable(policy.model, self._config.sequence_parallel)
         self._pretrained = policy.model
@@ -123,9 +128,8 @@ class LearnerRank:
             objective=self._objective,
             reference=self._reference(initial, policy, backend),
             scalar=None if learnable is None else Scalar(learnable),
-            max_tokens=self._config.max_tokens_per_microbatch,
+            config=self._config,
             row_cost=RowCost.of_model(policy.model.config),
-            is_checkpointing=self._config.gradient_checkpointing,
             # Ranks of one sequence group have the same rows.
             rank=self._rank // self._config.sequence_parallel,
             ranks=self._world_size // self._config.sequence_parallel,
@@ -173,6 +177,10 @@ class LearnerRank:
 
         `group` gets all weights of this rank as they are gathered, whatever becomes of the bundle.
         """
+        with self._trainee.room_for_state("gathering of the weights for the rollout workers"):
+            return self._published(version, group)
+
+    def _published(self, version: int, group: WeightGroup | None) -> WeightBundle | None:
         backend = self._trainee.backend
         if self._config.published_adapters is None:
             parts = backend.whole_weights()
@@ -194,15 +202,16 @@ class LearnerRank:
         numbers = {"steps_done": float(self._steps_done)}
         if self._trainee.scalar is not None:
             numbers["scalar"] = self._trainee.scalar.value
-        weights, adapters = self._gathered(), self._copied_adapters()
         is_first = self._rank == 0
-        self._snapshot = Snapshot(
-            rank=self._rank,
-            numbers=numbers,
-            pieces=self._trainee.backend.copied_state(),
-            reference=self._copied_averages(),
-            export=partial(self._export, weights, adapters) if is_first else None,
-        )
+        with self._trainee.room_for_state("copy of the training state for a checkpoint"):
+            weights, adapters = self._gathered(), self._copied_adapters()
+            self._snapshot = Snapshot(
+                rank=self._rank,
+                numbers=numbers,
+                pieces=self._trainee.backend.copied_state(),
+                reference=self._copied_averages(),
+                export=partial(self._export, weights, adapters) if is_first else None,
+            )
 
     def write(self, folder: str) -> list[str]:
         """Write the snapshot: every rank its state, rank 0 a `huggingface/` export, too.
@@ -217,12 +226,13 @@ class LearnerRank:
     def load(self, folder: str) -> None:
         """Continue from what `write` wrote, on however many ranks; nothing else has state."""
         own = saved_numbers(Path(folder))
-        self._trainee.backend.restore(saved_pieces(Path(folder)))
         self._steps_done = int(own["steps_done"])
         if self._trainee.scalar is not None:
             self._trainee.scalar.value = own["scalar"]
-        if self._moving_reference is not None:
-            self._moving_reference.restore(saved_reference(Path(folder)))
+        with self._trainee.room_for_state("reading of the training state from a checkpoint"):
+            self._trainee.backend.restore(saved_pieces(Path(folder)))
+            if self._moving_reference is not None:
+                self._moving_reference.restore(saved_reference(Path(folder)))
 
     def close(self) -> None:
         """Leave the other ranks, and the rollout workers."""
@@ -260,7 +270,8 @@ class LearnerRank:
     def _update_reference(self) -> None:
         update, reference = self._objective.reference_update, self._moving_reference
         if update is not None and reference is not None and self._steps_done % update.every == 0:
-            reference.follow(self._trainee.backend.whole_weights(), decay=update.decay)
+            with self._trainee.room_for_state("update of the reference"):
+                reference.follow(self._trainee.backend.whole_weights(), decay=update.decay)
 
     def _staged(self) -> Trainee:
         """The same policy under the objective of the stage."""

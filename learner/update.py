@@ -6,8 +6,8 @@ R rows of an update, N completion tokens of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,19 +27,20 @@ from grpo.objective import (
 from grpo.scaled_penalties import has_scales, scaled_penalty_sums, with_scales
 from grpo.types import StepReport, TrainBatch, TrainRow
 from learner.backend import Backend
+from learner.config import LearnerConfig
 from learner.failures import (
     Cause,
     Slope,
     non_finite_cause,
     raise_for_gradient,
     raise_if_any,
-    room_for,
     steepest,
 )
 from learner.inputs import inputs_of, stream
 from learner.measures import Stopwatch, Tally
 from learner.packing import Block, blocks
 from learner.reference import Reference, WithoutAdapters
+from learner.room import room_for, room_for_state
 from learner.row_cost import BY_TOKENS, RowCost
 from learner.scalar import Scalar
 
@@ -52,9 +53,8 @@ class Trainee:
     objective: Objective
     reference: Reference | WithoutAdapters | None  # None: nothing of the objective asks for it
     scalar: Scalar | None = None  # of `objective.learnable`
-    max_tokens: int  # of one micro-batch
+    config: LearnerConfig
     row_cost: RowCost = BY_TOKENS  # what the ranks share out evenly
-    is_checkpointing: bool = False  # activations are recomputed in the backward pass
     rank: int
     ranks: int
 
@@ -62,23 +62,34 @@ class Trainee:
         """This rank's micro-batches."""
         return blocks(
             rows,
-            max_tokens=self.max_tokens,
+            max_tokens=self.config.max_tokens_per_microbatch,
             rank=self.rank,
             ranks=self.ranks,
             cost=self.row_cost,
         )
 
-    def reference_at_hand(self, needs: Set[Signal]) -> AbstractContextManager[None]:
+    @contextmanager
+    def reference_at_hand(self, needs: Set[Signal]) -> Iterator[None]:
         """The reference where its passes run, if these needs name it."""
         if self.reference is None or Signal.REFERENCE not in needs:
-            return nullcontext()
-        return self.reference.at_hand()
+            yield
+            return
+        with self.room_for_state("copy of the reference to its device"), self.reference.at_hand():
+            yield
 
     def room_for(self, block: Block, phase: str) -> AbstractContextManager[None]:
         """Says which budget to lower if the block's pass does not fit."""
         return room_for(
-            block, phase, max_tokens=self.max_tokens, is_checkpointing=self.is_checkpointing
+            block,
+            phase,
+            max_tokens=self.config.max_tokens_per_microbatch,
+            is_checkpointing=self.config.gradient_checkpointing,
         )
+
+    def room_for_state(self, phase: str) -> AbstractContextManager[None]:
+        """Says what to change if weights, gradients or optimiser state do not fit."""
+        has_second_model = isinstance(self.reference, Reference)
+        return room_for_state(phase, self.config, has_second_model=has_second_model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -126,7 +137,8 @@ def run_step(trainee: Trainee, batch: TrainBatch, *, learning_rate: float) -> St
         # Without a token that counts there is no gradient, and the optimiser's momentum of earlier
         # updates must not move the policy (an algorithm that trains in its stage alone).
         is_counted = any(row.weights.any() for row in update.rows)
-        with watch.measure("optimizer"):
+        # Adam's state is made in the first step.
+        with watch.measure("optimizer"), trainee.room_for_state("optimiser step"):
             norms.append(trainee.backend.step(learning_rate if is_counted else 0.0))
         if not np.isfinite(norms[-1]):
             found = trainee.backend.collect(steepest(passed.slopes))

@@ -62,6 +62,7 @@ def checked(recipe: Recipe, *, local: bool = False) -> Iterator[Finding]:
     yield from _tried("heads", lambda: heads_fit(recipe.model, recipe.learner.sequence_parallel))
     yield from _tried("output layer", lambda: _output_layer(recipe))
     yield from _tried("rollout", lambda: _rounded(recipe))
+    yield from _tried("KV cache", lambda: _kv_cache(recipe, local))
     tokenizers: list[Tokenization] = []
     if Path(recipe.model).is_dir() or model[0].ok:  # else the hub would be asked again, in vain
         yield from _tried("tokenizer", lambda: _tokenizer(recipe.model, tokenizers))
@@ -179,6 +180,22 @@ def _rounded(recipe: Recipe) -> str | None:
         f"{', '.join(rollout.fp8_settings)}: tokens are sampled by a rounding of the policy\n"
         f"correction in the loss: {found}; alarms.log_prob_gap {recipe.alarms.log_prob_gap:g}"
     )
+
+
+def _kv_cache(recipe: Recipe, local: bool) -> None:
+    """On the CPU it is taken at once, from memory that a cluster's nodes may have more of."""
+    rollout = recipe.rollout
+    has_it = rollout.engine == "vllm" and rollout.gpus_per_worker == 0
+    if not has_it or (os.environ.get("RAY_ADDRESS") and not local):
+        return
+    has_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    needs_gib = rollout.workers * rollout.kv_cache_gib
+    if needs_gib > has_gib:
+        raise UserError(
+            f"rollout.kv_cache_gib is {rollout.kv_cache_gib:g} for each of {rollout.workers} "
+            f"engines, but this machine has {has_gib:.0f} GiB of memory: lower it (0.5 is usual "
+            "for a small model), or rollout.workers"
+        )
 
 
 def _algorithm(recipe: Recipe, sets: Sequence[PromptSet]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, SerializeAsAny, model_serializer, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_serializer, model_validator
 
 from grpo.algorithms import Algorithm
 from grpo.algorithms.user_file import (
@@ -27,16 +27,30 @@ from reward_services.config import ScorerConfig
 from rollout_workers.config import RolloutConfig
 
 Tracker = Literal["tensorboard", "wandb"]
+LOWEST_TEMPERATURE = 0.01
 
 
 class SamplingConfig(Schema):
     """How completions are drawn, in training and evaluation."""
 
-    temperature: float = Field(1.0, ge=0, description="0: greedy, for evaluation only")
+    temperature: float = Field(
+        1.0, ge=0, description="0: greedy, for evaluation only; else 0.01 or more"
+    )
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: off")
     max_prompt_length: int = Field(512, ge=1, description="tokens, chat template included")
     max_completion_length: int = Field(512, ge=1, description="tokens, guidance included")
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides_logits(cls, value: float) -> float:
+        # vLLM takes 0.01 in place of anything smaller, which the learner would divide by.
+        if 0 < value < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"found {value:g}; expected {LOWEST_TEMPERATURE:g} or more, as logits are divided "
+                "by it, or 0 to decode greedily in an evaluation"
+            )
+        return value
 
     def drawn(self) -> Sampling:
         """As the rollout workers take it."""

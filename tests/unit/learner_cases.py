@@ -77,6 +77,24 @@ def random_rows(count: int, *, seed: int = 0, version: int = 0) -> list[TrainRow
     return [random_row(rng, index, version=version) for index in range(count)]
 
 
+def row_of(context: int, completion: int) -> TrainRow:
+    """A row of these lengths."""
+    long = random_rows(1)[0]
+    size = {
+        name: np.resize(getattr(long, name), completion)
+        for name in (
+            "tokens",
+            "weights",
+            "advantages",
+            "policy_weights",
+            "behaviour_log_probs",
+            "versions",
+            "origins",
+        )
+    }
+    return replace(long, context=np.resize(long.context, context), **size)
+
+
 def overflowing_row(seed: int = 0) -> TrainRow:
     """A row with a loss of 3.2e38 at most, which float32 holds, and a gradient that it does not.
 

@@ -78,7 +78,7 @@ def trained(
         objective=objective,
         reference=None,
         scalar=scalar,
-        max_tokens=max_tokens,
+        config=torch_config(max_tokens_per_microbatch=max_tokens),
         rank=0,
         ranks=1,
     )

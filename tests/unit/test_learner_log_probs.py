@@ -63,6 +63,27 @@ def test_a_bfloat16_layer_gets_gradients_of_its_own_type() -> None:
         torch.testing.assert_close(ours.float(), theirs.float(), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("chunk_tokens", [8, 1])
+def test_many_chunks_of_bfloat16_round_no_more_than_one(chunk_tokens: int) -> None:
+    """A sum that is rounded at each of 512 chunks is several percent off."""
+    torch.manual_seed(0)
+    num_tokens = 512
+    exact = nn.Linear(H, V)
+    hidden, targets = torch.randn(num_tokens, H), torch.randint(V, (num_tokens,))
+    slopes = torch.rand(num_tokens), torch.zeros(num_tokens)  # of one sign, so that the sum grows
+    rounded = nn.Linear(H, V, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for ours, theirs in zip(rounded.parameters(), exact.parameters(), strict=True):
+            theirs.copy_(ours.copy_(theirs))
+    low = hidden.bfloat16()
+    expected = gradients(exact, low.float(), targets, *slopes, chunk_tokens=num_tokens)[3:]
+    whole = gradients(rounded, low, targets, *slopes, chunk_tokens=num_tokens)[3:]
+    chunked = gradients(rounded, low, targets, *slopes, chunk_tokens=chunk_tokens)[3:]
+    for ours, plain, right in zip(chunked, whole, expected, strict=True):
+        of_plain = (plain.float() - right).norm() / right.norm()
+        assert (ours.float() - right).norm() / right.norm() < max(1.2 * of_plain, 0.004)
+
+
 def test_a_frozen_layer_costs_no_gradient_of_its_weights() -> None:
     layer, hidden, targets, *_ = layer_and_inputs()
     layer.weight.requires_grad_(False)

@@ -122,7 +122,7 @@ def test_vllm_makes_room_for_the_next_rank_that_it_has() -> None:
     assert [vllm_rank(rank) for rank in (1, 2, 8, 12, 257, 512)] == [1, 8, 8, 16, 320, 512]
 
 
-def test_check_says_which_layers_get_adapters_and_refuses_a_name_that_is_none() -> None:
+def test_check_says_which_layers_get_adapters_and_refuses_names_and_ranks_that_are_none() -> None:
     def finding(**lora: object) -> Finding:
         recipe = Recipe.model_validate(settings(learner={"backend": "torch", "lora": lora}))
         return next(found for found in checked(recipe, local=True) if found.name == "adapters")
@@ -135,6 +135,10 @@ def test_check_says_which_layers_get_adapters_and_refuses_a_name_that_is_none() 
     )
     refused = finding(target_modules=["c_attn"])
     assert not refused.ok and "names 'c_attn', which is no linear layer" in refused.detail
+    width = AutoConfig.from_pretrained(MODEL).hidden_size
+    assert finding(rank=width).ok
+    refused = finding(rank=width + 1)
+    assert not refused.ok and f"have rank {width} at most" in refused.detail
 
 
 def test_only_adapters_move_and_have_state(model: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen2Config
 
 from grpo.errors import UserError
@@ -46,7 +47,7 @@ def trainee_of(
     row_cost: RowCost = BY_TOKENS,
     **settings: object,
 ) -> Trainee:
-    config = torch_config(**settings)
+    config = torch_config(max_tokens_per_microbatch=max_tokens, **settings)
     return Trainee(
         backend=TorchBackend(load_policy(model, config, temperature=TEMPERATURE), config),
         objective=algorithm_objective(EVERYTHING),
@@ -56,7 +57,7 @@ def trainee_of(
             is_moving=False,
             is_offloaded=False,
         ),
-        max_tokens=max_tokens,
+        config=config,
         row_cost=row_cost,
         rank=0,
         ranks=1,
@@ -282,3 +283,15 @@ def test_a_model_whose_logits_are_soft_capped_is_refused(tmp_path: Path) -> None
     Gemma2ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"Gemma2ForCausalLM.*cannot be trained here"):
         load_policy(str(tmp_path), torch_config(), temperature=1.0)
+
+
+def test_a_model_file_with_a_nan_names_the_weight(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj\.weight") as raised:
+        load_policy(folder, torch_config(), temperature=1.0)
+    assert "download the model again" in str(raised.value)
+    assert "across rows" not in str(raised.value)

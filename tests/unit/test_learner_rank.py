@@ -94,7 +94,11 @@ def test_several_updates_share_the_policy_at_the_start_of_the_step(model: str) -
     ("stream", "value", "said"),
     [
         ("advantages", np.nan, "advantage is nan at completion token 1 of rollout 2 of group 0"),
-        ("behaviour_log_probs", np.nan, "log-probability of the rollout engine is nan"),
+        (
+            "behaviour_log_probs",
+            np.nan,
+            "log-probability of the rollout engine is nan.*lower learner.learning_rate",
+        ),
         ("weights", np.inf, "weight is inf"),
     ],
 )

@@ -34,15 +34,37 @@ def test_linear_rate_falls_by_equal_amounts() -> None:
 
 
 def test_cosine_rate_is_half_at_half_time() -> None:
-    config = LearnerConfig(learning_rate=2.0, lr_scheduler_type="cosine")
-    assert rates(config, 4)[0] == 2.0
-    assert rates(config, 4)[2] == pytest.approx(1.0)
+    config = LearnerConfig(learning_rate=1.0, lr_scheduler_type="cosine")
+    assert rates(config, 4)[0] == 1.0
+    assert rates(config, 4)[2] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_rate_is_zero_and_not_negative_beyond_the_planned_steps(kind: str) -> None:
     config = LearnerConfig.model_validate({"learning_rate": 1.0, "lr_scheduler_type": kind})
     assert learning_rate_at(9, total_steps=4, config=config) == pytest.approx(0.0)
+
+
+def test_a_rate_above_one_is_refused() -> None:
+    with pytest.raises(ValidationError, match="less than or equal to 1"):
+        LearnerConfig(learning_rate=1e40)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "ranks", "zero_stage", "warmup_steps"])
+def test_true_is_no_number(name: str) -> None:
+    with pytest.raises(ValidationError, match="found true; expected a number"):
+        LearnerConfig.model_validate({name: True})
+
+
+def test_true_stays_what_a_switch_may_be() -> None:
+    assert LearnerConfig(gradient_checkpointing=True, fused_log_probs=True).fused_log_probs
+
+
+@pytest.mark.parametrize("found", ["q_proj", [3]])
+def test_target_modules_that_are_no_list_of_names_give_one_error(found: object) -> None:
+    with pytest.raises(ValidationError, match="expected all-linear or a list of names") as raised:
+        LearnerConfig.model_validate({"lora": {"target_modules": found}})
+    assert raised.value.error_count() == 1
 
 
 def test_torch_backend_on_two_ranks_is_refused_with_the_remedy() -> None:

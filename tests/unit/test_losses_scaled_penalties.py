@@ -65,7 +65,7 @@ def weights_after(model, updates, max_tokens):
         # k3 is never negative, so that the hinge is open whatever the rows are
         objective=replace(HELD, penalties=(replace(HINGE, fn=penalties.k3_from_start),)),
         reference=None,
-        max_tokens=max_tokens,
+        config=torch_config(max_tokens_per_microbatch=max_tokens),
         rank=0,
         ranks=1,
     )

@@ -10,6 +10,7 @@ import yaml
 
 from grpo.algorithms import ALGORITHMS
 from grpo.errors import UserError
+from orchestration.check import checked
 from orchestration.config import load_recipe, read_recipe
 from orchestration.roles import local_recipe
 from tests.unit.small_project import REPOSITORY, settings, written_project
@@ -334,3 +335,20 @@ def test_a_missing_recipe_is_refused_with_the_nearest_name(tmp_path: Path) -> No
     written_project(tmp_path)
     assert "did you mean" in _message(tmp_path / "recipes.yaml")
     assert "quickstart.yaml?" in _message(Path("quikstart"))
+
+
+def test_a_temperature_that_no_engine_samples_at_is_refused(tmp_path: Path) -> None:
+    said = _message(written_project(tmp_path), "sampling.temperature=1e-30")
+    assert "sampling.temperature: found 1e-30; expected 0.01 or more" in said
+
+
+def test_check_refuses_a_kv_cache_larger_than_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    huge = ["rollout.engine=vllm", "rollout.kv_cache_gib=100000"]
+    found = checked(load_recipe(written_project(tmp_path), huge))
+    refused = next(finding for finding in found if finding.name == "KV cache")
+    assert not refused.ok and "rollout.kv_cache_gib is 100000" in refused.detail
+    rest = checked(load_recipe(written_project(tmp_path), ["rollout.engine=vllm"]))
+    assert "KV cache" not in {finding.name for finding in rest}
