@@ -7,13 +7,12 @@ The reply holds "rewards", one number each. Ours may also hold null (does not ap
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from grpo.errors import BadInput
-from reward_services.user_functions import Verdict
+from reward_services.user_functions import A_SCORE, Verdict, is_score
 
 
 class RewardRequest(BaseModel):
@@ -91,8 +90,8 @@ def _unwrapped(found: object) -> object:
 def _verdict(reward: float | None, failure: str | None) -> Verdict:
     if failure is not None:
         return Verdict(value=None, failure=failure)
-    if reward is not None and not math.isfinite(reward):
-        return Verdict(value=None, failure=f"the server gave {reward}; expected a finite number")
+    if reward is not None and not is_score(reward):
+        return Verdict(value=None, failure=f"the server gave {reward}; expected {A_SCORE}")
     return Verdict(value=reward)
 
 

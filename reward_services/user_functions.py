@@ -11,7 +11,6 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,11 @@ from grpo.errors import UserError
 from grpo.types import Int32
 
 Function = Callable[..., object]
+
+
+# Beyond it float64 tells no 1 from a 2, and squares of a gradient overflow the learner's float32.
+LARGEST_SCORE = 1e15
+A_SCORE = f"a finite number between -{LARGEST_SCORE:g} and {LARGEST_SCORE:g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +132,11 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}{place}"
 
 
+def is_score(number: float) -> bool:
+    """Whether it can be trained on."""
+    return abs(number) <= LARGEST_SCORE  # False for NaN
+
+
 def _verdict(value: object) -> Verdict:
     if isinstance(value, Verdict):  # of our own functions, which can say why they failed
         return value
@@ -140,8 +149,8 @@ def _verdict(value: object) -> Verdict:
     if number is None:
         failure = f"returned {value!r} ({type(value).__name__}); expected a number or None"
         return Verdict(value=None, failure=failure[:300])
-    if not math.isfinite(number):
-        return Verdict(value=None, failure=f"returned {number}; expected a finite number or None")
+    if not is_score(number):
+        return Verdict(value=None, failure=f"returned {number}; expected {A_SCORE} or None")
     return Verdict(value=number)
 
 

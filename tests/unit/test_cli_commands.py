@@ -189,7 +189,7 @@ MISTAKES: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "NaN reward": (
         _function("def reward(completions, **kw): return [float('nan')] * len(completions)"),
-        ["returned nan; expected a finite number or None"],
+        ["returned nan; expected a finite number"],
     ),
     "reward that raises": (
         _function("def reward(completions, **kw): raise KeyError('level')"),

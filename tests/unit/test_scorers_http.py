@@ -75,6 +75,7 @@ def test_the_question_is_openrlhfs_and_the_rewards_become_scores(
         ({"rewards": [True]}, "rewards.0"),
         ({"rewards": 1.0}, "rewards"),
         ({"rewards": [float("nan")]}, "gave nan"),
+        ({"rewards": [1e39]}, "gave 1e+39; expected a finite number between -1e+15"),
         ({"rewards": [None], "failures": ["out of paper"]}, "out of paper"),
         ({"rewards": [1.0], "failures": []}, "0 failures for 1 queries"),
         ("no object", "none of /get_reward"),

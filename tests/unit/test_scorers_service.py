@@ -165,6 +165,7 @@ def test_none_is_not_applicable_and_no_failure(tmp_path: Path) -> None:
     [
         ("[float('nan'), 1.0]", "returned nan"),
         ("[float('inf'), 1.0]", "returned inf"),
+        ("[1.7e308, 1.0]", "returned 1.7e+308; expected a finite number between -1e+15 and 1e+15"),
         ("['0.5', 1.0]", "expected a number or None"),
         ("[1.0]", "1 values for 2 completions"),
         ("0.5", "expected a list of numbers"),
