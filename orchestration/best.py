@@ -88,7 +88,7 @@ def mend_evaluations(run: Path, step: int, remark: Callable[[str], None]) -> Non
             "beside it to go on"
         )
     _write(path, found)
-    remark(f"{damage}: written again from the {len(found)} evaluations in {METRICS_FILE}")
+    remark(f"{damage}: written again from {METRICS_FILE} (evaluations found: {len(found)})")
 
 
 def _logged(run: Path, remark: Callable[[str], None]) -> dict[int, Scores]:

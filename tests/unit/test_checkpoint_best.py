@@ -62,7 +62,7 @@ def test_lost_evaluations_are_found_in_the_metrics_and_the_best_stays(
             Evaluations(run, step=3)
     (remark,) = mended(run)
     assert "evaluations.json is" in remark
-    assert "written again from the 3 evaluations in metrics.jsonl" in remark
+    assert "written again from metrics.jsonl (evaluations found: 3)" in remark
     assert json.loads(file_of(run).read_text()) == json.loads(before)
     go_on(run, {4: 0.1, 5: 0.2})
     assert marked_step(run, "best") == 1
@@ -106,7 +106,7 @@ def test_a_best_checkpoint_that_is_abandoned_needs_no_evaluation(run: Path) -> N
     (run / METRICS_FILE).unlink()
     remarks = mended(run, step=0)
     assert "metrics are left out" in remarks[0]
-    assert "from the 0 evaluations" in remarks[1]
+    assert "(evaluations found: 0)" in remarks[1]
 
 
 def test_a_run_that_never_evaluated_has_nothing_to_mend(tmp_path: Path) -> None:
