@@ -45,7 +45,8 @@ def room_for_state(phase: str, config: LearnerConfig, *, has_second_model: bool)
         return (
             f"{'GPU' if is_on_gpu else 'host'} memory in the {phase}. Weights, gradients and "
             "optimiser state are as large whatever the micro-batch is; expected room for them. "
-            f"Choose one of: {'; '.join(remedies)}; a smaller model; more memory"
+            f"Choose one of: {'; '.join(remedies)}; a smaller model; more memory. A run can be "
+            "resumed with all but another model, lora and dtype"
         )
 
     with _told(explained):
@@ -78,8 +79,8 @@ def memory_remedy(block: Block, *, max_tokens: int, is_checkpointing: bool) -> s
         return f"lower learner.max_tokens_per_microbatch: {max_tokens} -> {target}"
     row = block.rows[0]
     shorter = (
-        f"lower sampling.max_completion_length (its completion has {len(row.tokens)} tokens, its "
-        f"context {len(row.context)})"
+        f"lower sampling.max_completion_length in a new run (its completion has {len(row.tokens)} "
+        f"tokens, its context {len(row.context)})"
     )
     if is_checkpointing:
         return f"one rollout alone is too long, so {shorter}"

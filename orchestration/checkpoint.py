@@ -215,11 +215,17 @@ def delete_checkpoints(run: Path, steps: Collection[int]) -> None:
 
 
 def abandon_later(run: Path, step: int) -> None:
-    """Go on from this step for good: no later checkpoint is chosen again, whatever happens next."""
-    later = {saved for saved in saved_steps(run) if saved > step}
+    """Go on from this step for good: no later checkpoint is chosen again, whatever happens next.
+
+    Their folders are hidden, and go when the next checkpoint begins.
+    """
+    later = [saved for saved in saved_steps(run) if saved > step]
     if later:
         mark(run, LATEST_FILE, step if step > 0 else None)
-        delete_checkpoints(run, sorted(later, reverse=True))
+    for folder in (checkpoint_folder(run, saved) for saved in later):
+        hidden = folder.with_name(f".{folder.name}.abandoned")
+        shutil.rmtree(hidden, ignore_errors=True)  # of an earlier time
+        folder.rename(hidden)
 
 
 def _empty(root: Path, draft: Path) -> None:

@@ -129,23 +129,27 @@ def test_going_on_from_an_older_checkpoint_abandons_the_later_ones(tmp_path: Pat
     assert latest_checkpoint(tmp_path) == path
 
 
-def test_abandoned_checkpoints_are_never_chosen_again(tmp_path: Path) -> None:
+def test_abandoned_checkpoints_are_never_chosen_again_and_go_with_the_next_save(
+    tmp_path: Path,
+) -> None:
     save(tmp_path, 1, 2, 3, keep=3)
     abandon_later(tmp_path, 2)
-    assert names(tmp_path) == ["latest", "step_1", "step_2"]
-    found = latest_checkpoint(tmp_path)
+    assert names(tmp_path) == [".step_3.abandoned", "latest", "step_1", "step_2"]
+    found = latest_checkpoint(tmp_path, print)
     assert found is not None and found.name == "step_2"
-    abandon_later(tmp_path, 2)
-    assert names(tmp_path) == ["latest", "step_1", "step_2"]
+    save(tmp_path, 3, keep=3)
+    assert names(tmp_path) == ["latest", "step_1", "step_2", "step_3"]
 
 
-def test_the_marker_goes_back_before_anything_is_deleted(
+def test_the_marker_goes_back_before_anything_is_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1, 2, 3, keep=3)
-    monkeypatch.setattr("orchestration.checkpoint.delete_checkpoints", lambda *_: None)
-    abandon_later(tmp_path, 1)  # killed in the middle
-    found = latest_checkpoint(tmp_path)
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "rename", None)
+        with pytest.raises(TypeError):
+            abandon_later(tmp_path, 1)
+    found = latest_checkpoint(tmp_path, print)
     assert found is not None and found.name == "step_1"
 
 

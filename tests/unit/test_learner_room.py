@@ -14,6 +14,7 @@ from learner.config import LearnerConfig
 from learner.packing import pack
 from learner.rank import LearnerRank
 from learner.room import memory_remedy, room_for, room_for_state, state_remedies
+from orchestration.run_inputs import FREE_OF_LEARNER
 from orchestration.yaml_source import parsed_scalar
 from tests.unit.learner_cases import (
     EVERYTHING,
@@ -217,6 +218,8 @@ def test_the_settings_that_a_remedy_names_are_accepted_together() -> None:
                 part.partition(": ")[0].removeprefix("learner."): yaml_value(part)
                 for part in remedy.split(" with ")
             }
+            known = {name for name in changes if not name.startswith(("lora", "dtype"))}
+            assert known <= FREE_OF_LEARNER  # a run that stopped for it can be resumed with it
             lora = changes.pop("lora.quantization", None)
             on_gpu(**start | changes | ({"lora": {"quantization": lora}} if lora else {}))
 
