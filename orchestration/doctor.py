@@ -7,7 +7,6 @@ waits.json is told by its lock. Refuses to know how the answer is shown.
 from __future__ import annotations
 
 import fcntl
-import json
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +14,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from pydantic import BaseModel, ValidationError
+
 from grpo.errors import UserError
 from orchestration.checkpoint import read_driver_state
 from orchestration.config import Recipe
-from orchestration.health import missing_steps, read_steps, signs_of_trouble
+from orchestration.health import missing_steps, signs_of_trouble, steps_of
 from orchestration.ledger import DamagedRecord, Ledger, audited, read_entries
+from orchestration.metrics_file import read_lines
 from orchestration.resume import require_same_data, whole_checkpoints
 from orchestration.run_directory import (
     GROUPS_FILE,
@@ -66,23 +68,33 @@ class Diagnosis:
         return not self.problems
 
 
+class _Summary(BaseModel):
+    """What matters here of summary.json."""
+
+    status: RunStatus
+    cause: str | None = None
+
+
 def diagnosed(run: Path, recipe: Recipe, *, now: float | None = None) -> Diagnosis:
     """Look at a run folder; writes nothing."""
     now = time.time() if now is None else now
     waits = read_waits(run)
     summary = _summary(run)
     state = _state(run, summary, waits, now)
-    steps = read_steps(run / METRICS_FILE)
+    damage = list[str]()
+    # A run that has just begun has none.
+    lines = read_lines(run, damage.append) if (run / METRICS_FILE).exists() else []
+    steps = steps_of(lines)
     closest = None if waits is None else _closest(waits)
     # What a process that is gone wrote last is told as of then.
     seen = waits.written if waits is not None and state is RunState.CRASHED else now
     pools, remarks = read_pools(run), list[str]()
-    ledger, damage = None, list[str]()
+    ledger = None
     if state is not RunState.RUNNING:
         try:
             ledger = _ledger(run, recipe, remarks.append)
         except DamagedRecord as error:
-            damage = [f"groups.jsonl was changed or damaged, so there is no ledger: {error}"]
+            damage.append(f"groups.jsonl was changed or damaged, so there is no ledger: {error}")
         damage += missing_steps(steps)
         if pools is not None and pools.asked and state is not RunState.FINISHED:
             remarks.append(f"--resume begins with {in_words(pools.asked)}, as covey scale asked")
@@ -115,19 +127,20 @@ def state_of(run: Path) -> RunState:
     return _state(run, _summary(run), read_waits(run), time.time())
 
 
-def _summary(run: Path) -> dict[str, object] | None:
+def _summary(run: Path) -> _Summary | None:
     try:
-        found: dict[str, object] = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))
-        return found
+        return _Summary.model_validate_json((run / SUMMARY_FILE).read_bytes())
     except OSError:
         return None
+    except ValidationError:
+        return _Summary(
+            status=RunStatus.FAILED, cause=f"nobody knows how, as {SUMMARY_FILE} is damaged"
+        )
 
 
-def _state(
-    run: Path, summary: dict[str, object] | None, waits: WaitsRecord | None, now: float
-) -> RunState:
+def _state(run: Path, summary: _Summary | None, waits: WaitsRecord | None, now: float) -> RunState:
     if summary is not None:
-        return RunState(str(summary["status"]))
+        return RunState(summary.status)
     is_elsewhere = waits is not None and waits.host != socket.gethostname()
     if is_elsewhere and waits is not None and now - waits.written < SILENT_S:
         return RunState.RUNNING  # locks do not reach across every file system
@@ -146,9 +159,9 @@ def _is_locked(run: Path) -> bool:
     return False
 
 
-def _how_it_ended(run: Path, state: RunState, summary: dict[str, object] | None) -> Iterator[str]:
+def _how_it_ended(run: Path, state: RunState, summary: _Summary | None) -> Iterator[str]:
     if state is RunState.FAILED and summary is not None:
-        yield f"the run failed: {summary['cause']}"
+        yield f"the run failed: {summary.cause}"
     elif state is RunState.CRASHED:
         saved = max(whole_checkpoints(run), default=None)
         remedy = (

@@ -21,6 +21,16 @@ def read_metrics(
 ) -> dict[int, Metrics]:
     """By step, its lines together; of one step, or of all."""
     found: dict[int, Metrics] = {}
+    for line in read_lines(run, remark, step=step):
+        found.setdefault(int(line.pop("step") or 0), {}).update(line)
+    return found
+
+
+def read_lines(
+    run: Path, remark: Callable[[str], None], *, step: int | None = None
+) -> list[Metrics]:
+    """Each with its step, in order; of one step, or of all."""
+    found: list[Metrics] = []
     num_damaged = 0
     try:
         with (run / METRICS_FILE).open("rb") as lines:
@@ -32,8 +42,11 @@ def read_metrics(
                     continue
                 try:
                     values = _LINE.validate_json(line)
-                    found.setdefault(int(values.pop("step") or 0), {}).update(values)
-                except (ValidationError, KeyError):
+                except ValidationError:
+                    values = {}
+                if "step" in values:
+                    found.append(values)
+                else:
                     num_damaged += 1
     except OSError as error:
         remark(f"{run / METRICS_FILE} cannot be read ({error.strerror}): its metrics are left out")

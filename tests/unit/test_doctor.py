@@ -198,6 +198,18 @@ def test_damaged_records_are_a_problem_and_never_no_ledger_in_silence(
     assert "no line of 1 steps, the first of them step 2" in missing
 
 
+def test_a_damaged_summary_and_damaged_metrics_are_problems(
+    run: RunDirectory, recipe: Recipe
+) -> None:
+    ended(run, RunStatus.FINISHED)
+    (run.path / "summary.json").write_text('{"status": "finish')
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step":2,"rew\xff\n')
+    problems = "\n".join(diagnosed(run.path, recipe).problems)
+    assert "the run failed: nobody knows how, as summary.json is damaged" in problems
+    assert "metrics.jsonl: 1 damaged lines are left out" in problems
+
+
 def test_a_folder_that_is_no_run_is_the_users_mistake(tmp_path: Path) -> None:
     assert main(["doctor", str(tmp_path / "nothing")]) == 2
 
