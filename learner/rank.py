@@ -107,7 +107,8 @@ class LearnerRank:
         refuse_unshareable(policy.model, self._config.sequence_parallel)
         self._pretrained = policy.model
         published = self._config.published_adapters
-        self._is_saved_as_named = is_saved_as_named(policy.model)
+        # Rank 0 sends what its image holds.
+        self._is_saved_as_named = self._rank == 0 or is_saved_as_named(policy.model)
         if self._rank == 0 and published is None:
             self._images = model_images(policy.model, self._dtype)
         initial = copy.deepcopy(policy) if self._copies_initial else None

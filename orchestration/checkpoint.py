@@ -244,7 +244,7 @@ def _seal(draft: Path, state: DriverState) -> None:
 def _put_in_place(draft: Path, final: Path, step: int) -> None:
     """Rename, and only then let the marker name it."""
     old = final.with_name(f".{final.name}.old")
-    if final.exists():  # of a part of the run that was abandoned by resuming before it
+    if final.exists():  # of steps that were done again
         final.rename(old)
     draft.rename(final)
     flush_folder(final.parent)

@@ -158,7 +158,7 @@ class CheckpointSaver:
         self._on_saved(CheckpointReport(step=state.step, blocked_s=blocked_s, total_s=total_s))
 
     async def _sort(self) -> None:
-        """Mark the best and delete what is neither new nor good, or was abandoned by resuming."""
+        """Mark the best and delete what is neither new nor good."""
         async with self._sorting:
             # A checkpoint that comes into force from here on is not in `found`, and stays.
             found, whole = saved_steps(self._run), whole_steps(self._run)

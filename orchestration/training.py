@@ -55,8 +55,8 @@ class Training:
         self.ranks_setback: str | None = None  # why it does not have those it was asked to have
         self._new_ranks: int | None = None  # asked for, not in force yet
         resume = self._inputs.resume
-        # The checkpoint to go on from; None: the beginning. Not simply the newest in the folder,
-        # which may be one of a part of the run that was abandoned by resuming before it.
+        # The checkpoint to go on from; None: the beginning. Not simply the newest in the folder, as
+        # an older one may have been named.
         self._start = None if resume is None else resume.checkpoint
         self._losses: list[int] = []  # steps of the checkpoints that were gone back to
 

@@ -15,6 +15,7 @@ from grpo.objective import Objective
 from grpo.types import Origin, TrainBatch, TrainRow
 from learner.config import LearnerConfig
 from learner.rank import LearnerRank
+from orchestration.row_arrays import STREAMS
 
 VOCABULARY = 64
 GRPO = {"name": "grpo", "num_generations": 4}
@@ -80,18 +81,7 @@ def random_rows(count: int, *, seed: int = 0, version: int = 0) -> list[TrainRow
 def row_of(context: int, completion: int) -> TrainRow:
     """A row of these lengths."""
     long = random_rows(1)[0]
-    size = {
-        name: np.resize(getattr(long, name), completion)
-        for name in (
-            "tokens",
-            "weights",
-            "advantages",
-            "policy_weights",
-            "behaviour_log_probs",
-            "versions",
-            "origins",
-        )
-    }
+    size = {name: np.resize(getattr(long, name), completion) for name in STREAMS}
     return replace(long, context=np.resize(long.context, context), **size)
 
 
